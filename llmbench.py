@@ -1,0 +1,7457 @@
+#!/usr/bin/env python3
+"""llmbench measures a streaming LLM chat endpoint, with CPython's standard library alone.
+
+`python3 llmbench.py run --url http://host:8000 --model NAME` leaves results.jsonl, results.csv,
+summary.json and one offline report.html. Data flows down this file once:
+prompt -> request -> bytes -> events -> frames -> record -> summary -> files,
+and a section uses only what stands above it (`grep -n '^# [0-9]' llmbench.py` lists them):
+
+ 1. Vocabulary   the words, the record, the configuration, every metric's definition
+ 2. SSE          bytes -> events
+ 3. HTTP         request encoding; response bytes -> body bytes
+ 4. Providers    prompt -> HTTP request; event -> frames
+ 5. Workload     files and built-ins -> prompts
+ 6. Statistics   records -> summary
+ 7. Load         which request belongs to which part, and when it is due
+ 8. Connection   sockets, TLS, arrival stamps, keep-alive
+ 9. Runner       load + prompts + connections -> records
+10. Report       summary and rows -> one offline page
+11. Artifacts    records, summary <-> files
+12. Terminal     progress and tables
+13. Mock         the built-in server
+14. Check        what a run needs to know before it starts
+15. Commands     run, report, mock, providers; main()
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import asyncio
+import base64
+import binascii
+import bisect
+import collections
+import contextlib
+import csv
+import dataclasses
+import datetime
+import difflib
+import errno
+import functools
+import gc
+import hashlib
+import heapq
+import html
+import http
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import select
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import statistics
+import string
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import zlib
+from dataclasses import dataclass, field
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Set,
+    TextIO,
+    Tuple,
+    Type,
+    Union,
+)
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+try:
+    import resource
+except ImportError:  # not a POSIX system: open-file limits are what they are
+    resource = None  # type: ignore[assignment]
+
+__version__ = "1.0.0"
+
+# ==================================================================================================
+# 1. Vocabulary: the words every other section speaks
+# ==================================================================================================
+#
+# A *prompt* is one workload item. A *request* is one HTTP exchange made for a prompt. The answer is
+# a row of *events* (one dispatched SSE event each); a provider makes *frames* of an event: meta,
+# reasoning, content, tool, usage, end, error. What is known of one finished request is a *record*,
+# one line of results.jsonl; a *stage* is one steady load level, a *part* what one process or host
+# does of a run. The *summary* is computed from the records and from nothing else.
+#
+# Every figure's definition stands once, in METRICS: the report, the README and `--help` print it
+# from there. Times are on one monotonic clock, written in milliseconds as floats. A value that is
+# not known is absent, never 0 and never null.
+
+
+class UserError(Exception):
+    """A mistake of the user's: its text is the one line that says what is wrong and what to do."""
+
+
+class ParseError(Exception):
+    """The peer sent bytes that are not HTTP, SSE or JSON where they must be."""
+
+
+class Truncated(Exception):
+    """The connection or the body ended before its explicit end; the text says where."""
+
+
+class RequestError(Exception):
+    """A request that failed before an answer could be read: `status` and what happened."""
+
+    def __init__(self, status: str, err: str) -> None:
+        super().__init__(err)
+        self.status = status
+
+
+@dataclass
+class Prompt:
+    """One workload item: chat messages, and how long the answer to it may be."""
+
+    id: str
+    messages: List[Dict[str, Any]]
+    max_tokens: Optional[int] = None
+
+
+class Frame(NamedTuple):
+    """What a provider makes of an event, e.g. Frame("content", " world").
+
+    kind: one of FRAME_KINDS. text: the generated text, the finish reason of an end, the message of
+    an error. usage: token counts, keyed as in a record, of a usage frame.
+    """
+
+    kind: str
+    text: str = ""
+    usage: Optional[Dict[str, int]] = None
+
+
+FRAME_KINDS = ("meta", "reasoning", "content", "tool", "usage", "end", "error")
+OUTPUT_KINDS = frozenset(("reasoning", "content", "tool"))
+
+
+@dataclass
+class Record:
+    """Everything known of one finished request; None means not known and is left out of the file.
+
+    Times end in _ms; `*_ts` are ISO 8601 UTC. The keys are those of a line of results.jsonl.
+    """
+
+    request_id: str
+    prompt_id: str
+    phase: str
+    stage: int
+    shard: Optional[str] = None
+    provider: str = ""
+    status: str = "ok"
+    err: Optional[str] = None
+    http_status: Optional[int] = None
+    start_ts: Optional[str] = None
+    first_content_ts: Optional[str] = None
+    end_ts: Optional[str] = None
+    scheduled_ms: Optional[float] = None
+    start_ms: Optional[float] = None
+    queue_ms: Optional[float] = None
+    connect_ms: Optional[float] = None
+    ttfb_ms: Optional[float] = None
+    ttfe_ms: Optional[float] = None
+    ttft_ms: Optional[float] = None
+    ttft_slack_ms: Optional[float] = None
+    latency_ms: Optional[float] = None
+    ttft_from_scheduled_ms: Optional[float] = None
+    latency_from_scheduled_ms: Optional[float] = None
+    decode_ms: Optional[float] = None
+    tpot_ms: Optional[float] = None
+    itl_hist: Optional[Dict[int, int]] = None
+    itl_sum_ms: Optional[float] = None
+    itl_min_ms: Optional[float] = None
+    itl_max_ms: Optional[float] = None
+    chunks: Optional[int] = None
+    in_bytes: Optional[int] = None
+    out_bytes: Optional[int] = None
+    in_tokens: Optional[int] = None
+    cached_tokens: Optional[int] = None
+    reasoning_tokens: Optional[int] = None
+    out_tokens: Optional[int] = None
+    out_chars: Optional[int] = None
+    reasoning_chars: Optional[int] = None
+    finish_reason: Optional[str] = None
+    reused: Optional[bool] = None
+    retried: Optional[bool] = None
+    lag_ms: Optional[float] = None
+    clock: Optional[str] = None
+    rtt_ms: Optional[float] = None
+    retransmits: Optional[int] = None
+    out_of_order: Optional[int] = None
+    compressed: Optional[str] = None
+    streamed: Optional[bool] = None
+    chunk_ms: Optional[List[float]] = None
+    first_content_raw: Optional[str] = None
+    final_frame_raw: Optional[str] = None
+    error_raw: Optional[str] = None
+
+    def known(self) -> Dict[str, Any]:
+        """The record as a line of results.jsonl holds it: only what is known."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+# What can become of a request, in the order of its phases; the text is for the terminal and the README.
+STATUSES: Dict[str, str] = {
+    "ok": "answered to its explicit end",
+    "dns_error": "the host name could not be resolved",
+    "connect_error": "no TCP connection",
+    "proxy_error": "the proxy refused",
+    "tls_error": "TLS failed: certificate, name or protocol",
+    "auth_error": "HTTP 401 or 403",
+    "rate_limited": "HTTP 429",
+    "http_error": "another HTTP status outside 2xx",
+    "stream_error": "the endpoint reported an error inside a 200",
+    "parse_error": "not HTTP, SSE or JSON where it must be",
+    "truncated": "the connection or body ended before the explicit end",
+    "empty": "ended well, but without any output",
+    "timeout": "one of the time-outs passed; err says which",
+    "cancelled": "in flight at an interrupt or past the grace",
+    "dropped": "due, but never sent",
+}
+NOT_JUDGED = frozenset(("cancelled", "dropped"))  # counted apart: neither success nor failure
+
+
+class Metric(NamedTuple):
+    """A figure: its key in summary.json, unit, short label and the one definition that stands for it."""
+
+    name: str
+    unit: str
+    label: str
+    definition: str
+
+
+METRICS: Dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "success_rate",
+            "%",
+            "Success rate",
+            "Successful requests / (successful + failed). Cancelled and dropped requests are counted apart; "
+            "warm-up and probes are in neither.",
+        ),
+        Metric(
+            "ttft_ms",
+            "ms",
+            "TTFT",
+            "From start, just before the request's first byte is handed to the kernel on a connection that is ready, "
+            "to the first visible content frame: non-empty content text, whitespace included. A role-only, empty, "
+            "reasoning, usage or keep-alive frame is not content. A reply that is only tool calls: first tool frame.",
+        ),
+        Metric(
+            "ttfe_ms",
+            "ms",
+            "TTFE",
+            "From start to the first frame that carries any generated output: reasoning, content or tool.",
+        ),
+        Metric("ttfb_ms", "ms", "TTFB", "From start to the first byte of the response head."),
+        Metric(
+            "latency_ms",
+            "ms",
+            "Latency",
+            "From start to the explicit end: the first of [DONE], a finish reason or the provider's own end event; "
+            "where the provider has none, a clean end of the body. Usage that follows the finish reason is still "
+            "read and does not move the end.",
+        ),
+        Metric("decode_ms", "ms", "Decode", "From the first generated output (TTFE) to the explicit end."),
+        Metric(
+            "tpot_ms",
+            "ms",
+            "TPOT",
+            "Decode time / (n - 1), n = output tokens, less the reasoning tokens when no reasoning frame was seen "
+            "(they came before TTFE). Absent when tokens are unknown or n < 2.",
+        ),
+        Metric(
+            "itl_ms",
+            "ms",
+            "Inter-chunk",
+            "Gap between consecutive output frames of one request. A frame may hold several tokens, so this is not "
+            "inter-token. Kept as a histogram with at most 1 % error.",
+        ),
+        Metric("request_tps", "tok/s", "Tokens/s per request", "(n - 1) / decode time, with the n of TPOT."),
+        Metric(
+            "queue_ms",
+            "ms",
+            "Client queue",
+            "start - scheduled - the connect time spent after scheduled: waiting inside this client, never hidden. "
+            "Scheduled is when the load model wanted the request to go out (closed loop: when its slot became free).",
+        ),
+        Metric(
+            "connect_ms",
+            "ms",
+            "Connect",
+            "DNS + TCP + proxy + TLS of a new connection, 0 when one is reused. Reported on its own and not part of "
+            "TTFT unless --count-connect is given.",
+        ),
+        Metric(
+            "ttft_from_scheduled_ms",
+            "ms",
+            "TTFT from due",
+            "TTFT counted from scheduled instead of start: what a user waiting in the queue felt.",
+        ),
+        Metric(
+            "latency_from_scheduled_ms", "ms", "Latency from due", "Latency counted from scheduled instead of start."
+        ),
+        Metric(
+            "output_tokens_per_s",
+            "tok/s",
+            "Output throughput",
+            "Sum of the output tokens of successful measured requests / wall time.",
+        ),
+        Metric(
+            "steady_output_tokens_per_s",
+            "tok/s",
+            "Steady throughput",
+            "Over the window from the first moment at which all streams are in flight to the last start of the "
+            "stage; a request contributes its output tokens x the part of [first output, end] that lies in the "
+            "window. Absent when fewer than 2 x concurrency requests end in it.",
+        ),
+        Metric("rps", "req/s", "Requests per second", "Successful measured requests / wall time."),
+        Metric(
+            "wall_time_ms",
+            "ms",
+            "Wall time",
+            "Per stage from the first measured start to the last measured end; of a run the sum of its stages'.",
+        ),
+        Metric(
+            "percentiles",
+            "",
+            "Percentiles",
+            "Linear interpolation (Python's statistics.quantiles, inclusive) over successful measured requests. One "
+            "with fewer than ten samples beyond it (P50 needs 20, P90 100, P95 200, P99 1,000) is of limited meaning.",
+        ),
+    )
+}
+
+RAW_LIMIT = 64 * 1024  # bytes of a raw sample that are kept
+EVENT_LIMIT = 16 * 1024 * 1024  # bytes of one event; past it the peer is not believed any more
+
+
+@dataclass
+class Config:
+    """What a run does: the flags of `run` after reading, under the flags' own names (durations in seconds)."""
+
+    url: str = ""
+    provider: str = "openai"
+    model: str = ""
+    token: str = ""
+    timeout: float = 120.0
+    connect_timeout: float = 10.0
+    ttft_timeout: Optional[float] = None
+    idle_timeout: Optional[float] = None
+    concurrency: List[int] = field(default_factory=lambda: [1])
+    total_requests: Optional[int] = None
+    duration: Optional[float] = None
+    grace: Optional[float] = None
+    warmup: int = 0
+    max_tokens: int = 256
+    max_tokens_field: Optional[str] = None
+    token_mode: str = "usage"
+    think_tags: str = "auto"
+    workload_file: Optional[str] = None
+    unique: bool = True
+    insecure: bool = False
+    ca_cert: Optional[str] = None
+    header: List[str] = field(default_factory=list)
+    body: Dict[str, Any] = field(default_factory=dict)
+    end_optional: bool = False
+    count_connect: bool = False
+    record_chunks: bool = False
+    seed: int = 0
+    out: Optional[str] = None
+    progress: str = "auto"
+    lang: str = "en"
+    run_id: str = ""
+
+    def requests_per_stage(self, concurrency: int) -> Optional[int]:
+        """Measured requests of a stage, over all parts; None when only the duration ends it."""
+        if self.total_requests is None and self.duration is None:
+            return max(10, 2 * concurrency)
+        return self.total_requests
+
+
+class Stage(NamedTuple):
+    """One steady load level of a run: its number, streams in flight, measured requests (None: until duration)."""
+
+    index: int
+    concurrency: int
+    total: Optional[int]
+    duration: Optional[float]
+    warmup: int
+
+
+# Query parameters and headers whose values are never shown. A token inside a longer name counts too
+# (x-api-key, access_token), so the pattern errs towards hiding.
+SECRET_NAME = re.compile(
+    r"(?i)(authorization|cookie|token|secret|signature|password|passwd|credential|api-?key|"
+    r"(^|[-_])(key|sign|sig|auth|pwd|ak|sk)($|[-_]))"
+)
+SECRET_IN_TEXT = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9+/=._~-]{6,}")
+SECRET_IN_QUERY = re.compile(r"([?&])([^=&#\s\"']+)=([^&#\s\"']+)")
+SECRET_IN_AUTHORITY = re.compile(r"(?<=://)[^/\s@\"']+@")
+NOT_SECRET_NAME = re.compile(
+    r"(?i)^(max|min|total|prompt|completion|input|output|num|n)[-_].*token|tokens$|^token[-_]mode$"
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a header, query parameter or body field of this name holds a secret: api-key yes, max_tokens no."""
+    return bool(SECRET_NAME.search(name)) and not NOT_SECRET_NAME.search(name)
+
+
+def redact(text: str, secrets: Sequence[str] = ()) -> str:
+    """`text` with the given secrets, URL passwords, secret query values and bearer tokens shown as `***`.
+
+    >>> redact("POST https://u:p@h/v1?api-key=k1&x=2")
+    'POST https://***@h/v1?api-key=***&x=2'
+    """
+    for secret in secrets:
+        if secret:
+            text = text.replace(secret, "***")
+    text = SECRET_IN_AUTHORITY.sub("***@", text)
+    text = SECRET_IN_QUERY.sub(
+        lambda m: m.group(1) + m.group(2) + "=" + ("***" if is_secret_name(m.group(2)) else m.group(3)), text
+    )
+    return SECRET_IN_TEXT.sub(lambda m: m.group(1) + " ***", text)
+
+
+def milliseconds(seconds: float) -> float:
+    """Seconds as the milliseconds that files hold: 0.1 µs is the last digit."""
+    return round(seconds * 1000.0, 4)
+
+
+# A log-scaled histogram merges exactly across parts and is at most 1 % off: bucket 0 holds what is
+# below 1 µs, bucket b >= 1 what lies in [1.01^(b-1), 1.01^b) µs.
+LOG_STEP = math.log(1.01)
+
+
+def log_bucket(seconds: float) -> int:
+    """The bucket of a time span: 0 below 1 µs, else 1 + floor(ln(µs) / ln 1.01)."""
+    micros = seconds * 1e6
+    return 1 + int(math.log(micros) / LOG_STEP) if micros >= 1.0 else 0
+
+
+def bucket_ms(bucket: int) -> float:
+    """The value a bucket stands for, in ms: its geometric middle; 0 for the bucket below 1 µs."""
+    return math.exp((bucket - 0.5) * LOG_STEP) / 1000.0 if bucket else 0.0
+# ==================================================================================================
+# 2. SSE: bytes in, events out, whatever the chunking
+# ==================================================================================================
+#
+# The rules are those of WHATWG HTML, "Server-sent events", on bytes: lines end in CR, LF or CRLF,
+# mixed at will; one byte order mark at the start is skipped; a line with a leading colon is a
+# comment; one space after the colon of a field belongs to the syntax; `data` lines of one event are
+# joined by LF; a blank line dispatches the event, if it had a data field at all.
+#
+# CR and CRLF become LF first (a CR that ends a read swallows an LF that begins the next), so that an
+# event is what stands between two LFs and one `split` cuts a whole read. A piece that is not yet
+# terminated is kept in a list and joined once, so that an event of many reads costs no quadratic
+# copying. `str.splitlines` is not used anywhere: it also splits at U+2028, which is legal in JSON.
+#
+# Where we differ from a browser: `id` and `retry` serve reconnection, which a benchmark must not
+# do, and are ignored; and after a *clean* end of the body an unterminated tail counts when it is
+# JSON or [DONE], since several gateways forget the last blank line. An event is a plain tuple
+# (type, data) because making anything richer for each event would be the largest cost of the file.
+
+Event = Tuple[str, bytes]
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+DONE = b"[DONE]"
+
+
+def is_complete_data(data: bytes) -> bool:
+    """Whether unterminated data at a clean end of the body may be used: it is JSON or [DONE]."""
+    if data.strip() == DONE:
+        return True
+    try:
+        json.loads(data.decode("utf-8", "replace"))
+    except ValueError:
+        return False
+    return True
+
+
+class SSEParser:
+    """Feeds on body bytes in any portions and gives the events that they complete."""
+
+    def __init__(self, limit: int = EVENT_LIMIT) -> None:
+        self._limit = limit
+        self._pending: List[bytes] = []  # non-empty pieces of the event that is not yet terminated
+        self._size = 0  # bytes in _pending
+        self._skip_lf = False  # the last read ended in CR: an LF that follows belongs to it
+        self._head: Optional[bytes] = b""  # up to two bytes that may begin a byte order mark; None: decided
+
+    def feed(self, data: bytes) -> List[Event]:
+        """Events completed by `data`; raises ParseError when one grows past the limit."""
+        if self._skip_lf or b"\r" in data:
+            data = self._normalise(data)
+        if self._head is not None:
+            data = self._skip_mark(data)
+        if self._pending and data:
+            if not self._terminates(data):
+                self._keep(data)
+                return []
+            self._pending.append(data)
+            data = b"".join(self._pending)
+            self._pending, self._size = [], 0
+        blocks = data.split(b"\n\n")
+        rest = blocks.pop()
+        if rest:
+            self._keep(rest)
+        events = []
+        for block in blocks:
+            if block[:6] == b"data: " and b"\n" not in block:
+                events.append(("message", block[6:]))
+            else:
+                events.extend(self._block(block))
+        return events
+
+    def tail(self) -> List[Event]:
+        """The unterminated event that a clean end of the body leaves, when it is JSON or [DONE]."""
+        rest = b"".join(self._pending)
+        self._pending, self._size = [], 0
+        return [event for event in self._block(rest) if is_complete_data(event[1])]
+
+    def _normalise(self, data: bytes) -> bytes:
+        if self._skip_lf and data:
+            self._skip_lf = False
+            if data[:1] == b"\n":
+                data = data[1:]
+        if b"\r" in data:
+            self._skip_lf = data[-1:] == b"\r"
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        return data
+
+    def _skip_mark(self, data: bytes) -> bytes:
+        data = (self._head or b"") + data
+        if len(data) < 3 and BYTE_ORDER_MARK.startswith(data):
+            self._head = data
+            return b""
+        self._head = None
+        return data[3:] if data.startswith(BYTE_ORDER_MARK) else data
+
+    def _terminates(self, data: bytes) -> bool:
+        return b"\n\n" in data or (data[:1] == b"\n" and self._pending[-1][-1:] == b"\n")
+
+    def _keep(self, piece: bytes) -> None:
+        self._pending.append(piece)
+        self._size += len(piece)
+        if self._size > self._limit:
+            raise ParseError("an event is longer than %d bytes" % self._limit)
+
+    def _block(self, block: bytes) -> List[Event]:
+        """The event of the lines between two blank lines; none when no line was a data field."""
+        kind, data = "message", []
+        for line in block.split(b"\n"):
+            name, _, value = line.partition(b":")
+            if value[:1] == b" ":
+                value = value[1:]
+            if name == b"data":
+                data.append(value)
+            elif name == b"event":
+                kind = value.decode("utf-8", "replace") or "message"
+        return [(kind, b"\n".join(data))] if data else []
+
+
+class NDJSONParser:
+    """The same for newline-delimited JSON: a line is an event, blank lines are skipped."""
+
+    def __init__(self, limit: int = EVENT_LIMIT) -> None:
+        self._limit = limit
+        self._pending: List[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> List[Event]:
+        """Events completed by `data`; raises ParseError when a line grows past the limit."""
+        if b"\n" not in data:
+            self._keep(data)
+            return []
+        self._pending.append(data)
+        lines = b"".join(self._pending).split(b"\n")
+        self._pending, self._size = [], 0
+        self._keep(lines.pop())
+        return [("message", line.strip()) for line in lines if line.strip()]
+
+    def tail(self) -> List[Event]:
+        """The last line, which needs no LF."""
+        rest = b"".join(self._pending).strip()
+        self._pending, self._size = [], 0
+        return [("message", rest)] if rest and is_complete_data(rest) else []
+
+    def _keep(self, piece: bytes) -> None:
+        if piece:
+            self._pending.append(piece)
+            self._size += len(piece)
+            if self._size > self._limit:
+                raise ParseError("a line is longer than %d bytes" % self._limit)
+# ==================================================================================================
+# 3. HTTP: a request to bytes; response bytes to body bytes
+# ==================================================================================================
+#
+# HTTP/1.1 as RFC 9112 has it, sans-IO: `ResponseReader.feed` takes what one read brought and gives
+# the body bytes in it at once, never waiting for the rest of a chunk, since waiting would be counted
+# as the endpoint's time. The length of a body follows RFC 9112 section 6.3: none for 1xx, 204 and
+# 304; chunked wins over Content-Length (both at once is a smuggling sign: read chunked, then close);
+# several Content-Lengths must agree; with neither, the body lasts until the connection closes.
+#
+# Refused, as ParseError: a status line that is not HTTP/1.x, a head over 64 KiB, chunk sizes that
+# are not plain hex, codings that the standard library cannot decode. gzip and deflate are decoded as
+# they arrive although we ask for identity, because some gateways compress regardless; the record
+# then says `compressed`, for its chunk times are the compressor's. Interim 1xx answers are skipped.
+# Redirects are not followed: the token would travel with them.
+
+HEAD_LIMIT = 64 * 1024
+LINE_LIMIT = 8 * 1024  # a chunk-size line with its extensions
+CHUNK_SIZE = re.compile(rb"^([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?$")
+STATUS_LINE = re.compile(rb"^HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?$")
+
+
+def encode_request(method: str, target: str, headers: Sequence[Tuple[str, str]], body: bytes = b"") -> bytes:
+    """One HTTP/1.1 request as bytes. A control character in a header is a UserError: it could split the head."""
+    lines = ["%s %s HTTP/1.1" % (method, target)]
+    for name, value in headers:
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in name + value):
+            raise UserError("header %s holds a control character; remove it" % name.strip())
+        lines.append("%s: %s" % (name, value))
+    try:
+        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    except UnicodeEncodeError:
+        raise UserError("a header or the URL's path holds a character outside latin-1; percent-encode it") from None
+    return head + body
+
+
+class Head(NamedTuple):
+    """A response head: version minor (0 or 1), status, reason, headers with lower-case names."""
+
+    minor: int
+    status: int
+    reason: str
+    headers: Dict[str, str]
+
+
+def parse_head(block: bytes) -> Head:
+    """The head whose lines (without the blank one) are `block`; repeated headers are joined by a comma."""
+    lines = block.replace(b"\r\n", b"\n").split(b"\n")
+    match = STATUS_LINE.match(lines[0])
+    if not match:
+        raise ParseError("not an HTTP/1.1 answer: it begins with %r" % lines[0][:60].decode("latin-1"))
+    headers: Dict[str, str] = {}
+    name = ""
+    for raw in lines[1:]:
+        line = raw.decode("latin-1")
+        if line[:1] in (" ", "\t") and name:  # obs-fold, RFC 9112 section 5.2
+            headers[name] += " " + line.strip()
+            continue
+        name, colon, value = line.partition(":")
+        name = name.strip().lower()
+        if not colon or not name:
+            raise ParseError("a header line without a name: %r" % line[:60])
+        value = value.strip()
+        headers[name] = headers[name] + ", " + value if name in headers else value
+    return Head(int(match.group(1)), int(match.group(2)), (match.group(3) or b"").decode("latin-1"), headers)
+
+
+class Decompressor:
+    """gzip or deflate, decoded as it arrives: whatever can be had of each portion is given at once."""
+
+    def __init__(self, coding: str) -> None:
+        self._wbits = 31 if "gzip" in coding else 15
+        self._engine = zlib.decompressobj(self._wbits)
+        self._begun = False
+
+    def feed(self, data: bytes) -> bytes:
+        """The decoded bytes; raises ParseError on a broken stream."""
+        try:
+            return self._decode(data)
+        except zlib.error as error:
+            raise ParseError("broken compressed body: %s" % error) from None
+
+    def _decode(self, data: bytes) -> bytes:
+        pieces = []
+        while data:
+            if self._engine.eof:  # another gzip member follows
+                self._engine = zlib.decompressobj(self._wbits)
+            try:
+                pieces.append(self._engine.decompress(data))
+            except zlib.error:
+                if self._begun or self._wbits != 15:
+                    raise
+                self._wbits = -15  # "deflate" without the zlib wrapper, which many servers send
+                self._engine = zlib.decompressobj(self._wbits)
+                pieces.append(self._engine.decompress(data))
+            self._begun = True
+            data = self._engine.unused_data
+        return b"".join(pieces)
+
+
+class ResponseReader:
+    """Reads one response. After `complete`, `leftover` holds bytes that belong to no response."""
+
+    def __init__(self) -> None:
+        self.head: Optional[Head] = None
+        self.complete = False
+        self.leftover = b""
+        self.body_bytes = 0  # without chunk framing, before decompression
+        self.interim = 0  # 1xx answers skipped
+        self.coding = ""  # content coding that is being undone
+        self._buffer = b""  # unread bytes of the head or of a chunk-size line
+        self._remaining = 0  # bytes of the chunk, or of the whole body, still to come
+        self._sizes: Dict[bytes, int] = {}  # chunk-size lines seen: a stream repeats few of them
+        self._after_chunk = False  # the CRLF that ends a chunk's data is still to come
+        self._read: Callable[[bytes], bytes] = self._read_head
+        self._decompressor: Optional[Decompressor] = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether bytes of an unfinished head are held."""
+        return self.head is None and bool(self._buffer)
+
+    def feed(self, data: bytes) -> bytes:
+        """Body bytes that `data` brings, decoded; raises ParseError."""
+        body = self._read(data)
+        if body and self._decompressor is not None:
+            return self._decompressor.feed(body)
+        return body
+
+    def end(self) -> None:
+        """The peer closed cleanly: the end of a body that has no length, else Truncated."""
+        if self.complete:
+            return
+        if self.head is None:
+            raise Truncated("in the head" if self._buffer else "before the head")
+        if self._read != self._read_to_close:
+            raise Truncated("in the body")
+        self.complete = True
+
+    def reusable(self) -> bool:
+        """Whether the connection may carry another request (RFC 9112 section 9.3)."""
+        if self.head is None or not self.complete or self.leftover or self._read == self._read_to_close:
+            return False
+        options = {option.strip() for option in self.head.headers.get("connection", "").lower().split(",")}
+        if "transfer-encoding" in self.head.headers and "content-length" in self.head.headers:
+            return False
+        return "close" not in options and (self.head.minor == 1 or "keep-alive" in options)
+
+    def _read_head(self, data: bytes) -> bytes:
+        self._buffer += data
+        while True:
+            start = self._buffer[:8]
+            if not b"HTTP/1.".startswith(start[:7]):
+                raise ParseError("not an HTTP/1.1 answer: it begins with %r" % self._buffer[:60].decode("latin-1"))
+            match = re.search(rb"\r?\n\r?\n", self._buffer)
+            if (match.start() if match else len(self._buffer)) > HEAD_LIMIT:
+                raise ParseError("the response head is longer than %d bytes" % HEAD_LIMIT)
+            if match is None:
+                return b""
+            head = parse_head(self._buffer[: match.start()])
+            rest, self._buffer = self._buffer[match.end() :], b""
+            if head.status == 101:
+                raise ParseError("the endpoint switched protocols (101) without being asked")
+            if head.status >= 200:
+                self.head = head
+                self._choose_body(head)
+                return self._read(rest)
+            self.interim += 1
+            self._buffer = rest
+            if not rest:
+                return b""
+
+    def _choose_body(self, head: Head) -> None:
+        transfer = head.headers.get("transfer-encoding", "").lower()
+        coding = head.headers.get("content-encoding", "").strip().lower()
+        if coding and coding != "identity":
+            if coding not in ("gzip", "x-gzip", "deflate"):
+                raise ParseError("content coding %r cannot be decoded; identity was asked for" % coding)
+            self.coding, self._decompressor = coding, Decompressor(coding)
+        if head.status in (204, 304):
+            self._finish(b"")
+        elif transfer:
+            self._read = self._read_chunked if transfer.split(",")[-1].strip() == "chunked" else self._read_to_close
+        elif "content-length" in head.headers:
+            self._remaining = self._content_length(head.headers["content-length"])
+            self._read = self._read_length
+            if not self._remaining:
+                self._finish(b"")
+        else:
+            self._read = self._read_to_close
+
+    @staticmethod
+    def _content_length(value: str) -> int:
+        lengths = {part.strip() for part in value.split(",")}
+        length = lengths.pop()
+        if lengths or not re.match(r"^[0-9]{1,18}$", length):
+            raise ParseError("Content-Length %r is not one number" % value[:60])
+        return int(length)
+
+    def _finish(self, leftover: bytes) -> None:
+        self.complete = True
+        self.leftover = leftover
+        self._read = self._read_nothing
+
+    def _read_nothing(self, data: bytes) -> bytes:
+        self.leftover += data
+        return b""
+
+    def _read_to_close(self, data: bytes) -> bytes:
+        self.body_bytes += len(data)
+        return data
+
+    def _read_length(self, data: bytes) -> bytes:
+        body = data[: self._remaining]
+        self.body_bytes += len(body)
+        self._remaining -= len(body)
+        if not self._remaining:
+            self._finish(data[len(body) :])
+        return body
+
+    def _read_chunked(self, data: bytes) -> bytes:
+        """The data of the chunks in `data`. One `find` a chunk; the pieces are joined once."""
+        if self._buffer:
+            data, self._buffer = self._buffer + data, b""
+        pieces: List[bytes] = []
+        position, sizes, remaining, after = 0, self._sizes, self._remaining, self._after_chunk
+        while True:
+            if remaining:
+                piece = data[position : position + remaining]
+                pieces.append(piece)
+                position += len(piece)
+                remaining -= len(piece)
+                if remaining:
+                    break
+                if data[position : position + 2] == b"\r\n":
+                    position += 2
+                else:
+                    after = True
+            end = data.find(b"\n", position)
+            if end < 0:
+                self._hold(data[position:])
+                break
+            line = data[position:end]
+            position = end + 1
+            if after:  # the CRLF behind a chunk's data came in pieces, or as a bare LF
+                if line not in (b"\r", b""):
+                    raise ParseError("a chunk is longer than its size says")
+                after = False
+                continue
+            remaining = sizes.get(line, -1)
+            if remaining < 0:
+                remaining = self._chunk_size(line)
+            if not remaining:
+                self._read = self._read_trailers
+                self._after_chunk = False
+                body = b"".join(pieces)
+                self.body_bytes += len(body)
+                self._remaining = 0
+                self._read_trailers(data[position:])
+                return body
+        self._remaining, self._after_chunk = remaining, after
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self.body_bytes += len(body)
+        return body
+
+    def _hold(self, rest: bytes) -> None:
+        if len(rest) > LINE_LIMIT:
+            raise ParseError("a chunk-size line is longer than %d bytes" % LINE_LIMIT)
+        self._buffer = rest
+
+    def _chunk_size(self, line: bytes) -> int:
+        match = CHUNK_SIZE.match(line)
+        if not match:
+            raise ParseError("not a chunk size: %r" % line[:40].decode("latin-1"))
+        size = int(match.group(1), 16)
+        if len(self._sizes) < 4096:
+            self._sizes[line] = size
+        return size
+
+    def _read_trailers(self, data: bytes) -> bytes:
+        """Trailer fields are read to the blank line and thrown away (RFC 9112 section 7.1.2)."""
+        self._buffer += data
+        while True:
+            end = self._buffer.find(b"\n")
+            if end < 0:
+                if len(self._buffer) > HEAD_LIMIT:
+                    raise ParseError("the trailers are longer than %d bytes" % HEAD_LIMIT)
+                return b""
+            line, self._buffer = self._buffer[:end], self._buffer[end + 1 :]
+            if line in (b"\r", b""):
+                rest, self._buffer = self._buffer, b""
+                self._finish(rest)
+                return b""
+# ==================================================================================================
+# 4. Providers: a prompt to an HTTP request, an event to frames
+# ==================================================================================================
+#
+# A provider owns four things and nothing else: the request (path, headers, body), what the first
+# visible content is, what the end is, and how usage is read. `Provider` states them for OpenAI's
+# chat dialect, which vLLM, SGLang, llama.cpp, DeepSeek, GLM, Ark, LiteLLM and One-API speak with
+# quirks of their own; another dialect is a subclass and one line in PROVIDERS.
+#
+# For each request `decoder()` gives a fresh decoder: `frames(event)` is the full, certain reading;
+# `plain(data)` is the hot path. A stream repeats one frame with another text in it, so after a full
+# parse has yielded exactly one content frame the decoder learns what stands before and after that
+# text, proves with a second parse that a marker put in its place comes back as the content and
+# changes nothing else, and from then on compares bytes: same head, same tail, and between them no
+# quote, backslash or control character. By JSON's grammar such an event can mean nothing else than
+# "content, this text". Everything else takes the full parse.
+#
+# What the wire may do, and where it is handled: `choices` may be empty, missing or null (Azure's
+# preface, usage frames); `delta` may be missing; content may be null, "", or typed parts; the last
+# text may ride on the frame with the finish reason, so text is read before the end; `finish_reason`
+# null, "" and "null" are none; usage may come on the last frame, on the finish frame or on every
+# frame, and the last one wins; an error may stand inside a 200 and be followed by [DONE].
+
+
+class HTTPRequest(NamedTuple):
+    """What a provider wants sent: request target, headers without Host and Content-Length, body bytes."""
+
+    target: str
+    headers: List[Tuple[str, str]]
+    body: bytes
+
+
+class Endpoint(NamedTuple):
+    """Where a URL points: scheme, host and port to connect to, the request target, Host header, user:password."""
+
+    scheme: str
+    host: str
+    port: int
+    target: str
+    authority: str
+    userinfo: Optional[str]
+
+    @property
+    def url(self) -> str:
+        """The URL without its password."""
+        return "%s://%s%s" % (self.scheme, self.authority, self.target)
+
+
+class Dialect:
+    """The fields that we add on our own and that this endpoint takes; `version` grows when one is given up.
+
+    An endpoint that answers 400 to such a field is asked once without it; see `Runner`.
+    """
+
+    def __init__(self, max_tokens_field: Optional[str] = None) -> None:
+        self.stream_options = True
+        self.max_tokens_field = max_tokens_field or "max_tokens"
+        self.version = 0
+        self.notes: List[str] = []
+        self._fixed = max_tokens_field is not None
+        self._tried: set = set()
+
+    def copy(self) -> "Dialect":
+        """An independent dialect with the same fields, to try a change on."""
+        other = Dialect(self.max_tokens_field)
+        other.__dict__.update(self.__dict__)
+        other.notes = list(self.notes)
+        return other
+
+    def without(self, body: str) -> Optional["Dialect"]:
+        """The dialect to try after a 400 with this body; None when there is nothing left to give up.
+
+        A body that names one of our fields says which; one that names none is taken to mean stream_options.
+        """
+        other = self.copy()
+        if not self._fixed and self.max_tokens_field in body and "max_tokens" not in self._tried:
+            self._tried.add("max_tokens")
+            swap = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+            other.max_tokens_field = swap[self.max_tokens_field]
+            other.notes.append(
+                "the endpoint refuses %s; %s is sent instead" % (self.max_tokens_field, other.max_tokens_field)
+            )
+        elif self.stream_options and "stream_options" not in self._tried:
+            self._tried.add("stream_options")
+            other.stream_options = False
+            other.notes.append("the endpoint refuses stream_options; usage is read where it is sent unasked")
+        else:
+            return None
+        other.version += 1
+        return other
+
+    def adopt(self, other: "Dialect") -> None:
+        """Takes over what a probe found to work."""
+        self.__dict__.update(other.__dict__)
+
+
+def parse_url(url: str, provider: "Provider") -> Endpoint:
+    """The endpoint that `url` means for this provider; raises UserError.
+
+    No path: the provider's path is added; a path that ends in /vN: its last part is; any other path stays.
+    """
+    if "://" not in url:
+        raise UserError("--url %r has no scheme; write http:// or https:// before it" % redact(url))
+    if any(ord(letter) <= 32 or ord(letter) == 127 for letter in url):
+        raise UserError("--url holds a blank or control character; remove it")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise UserError("--url scheme %r is unknown; use http, https or mock:" % parts.scheme)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise UserError("--url has no valid port; write https://HOST:PORT/…") from None
+    if not host:
+        raise UserError("--url has no host; write https://HOST:PORT/…")
+    path = parts.path.rstrip("/")
+    if not path:
+        path = provider.path
+    elif re.search(r"/v[0-9]+$", path):
+        path += "/" + provider.path.split("/", 2)[2]
+    else:
+        path = parts.path
+    target = path + ("?" + parts.query if parts.query else "")
+    shown = "[%s]" % host if ":" in host else host
+    authority = shown if port in (None, 443 if parts.scheme == "https" else 80) else "%s:%d" % (shown, port)
+    userinfo = None
+    if parts.username is not None:
+        userinfo = unquote(parts.username) + ":" + unquote(parts.password or "")
+    return Endpoint(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), target, authority, userinfo)
+
+
+def text_of(value: Any) -> str:
+    """Generated text of a content field: a string, or typed parts `[{"type": "text", "text": …}]`."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "".join(str(part.get("text") or "") for part in value if isinstance(part, dict))
+    return ""
+
+
+def integer(value: Any) -> Optional[int]:
+    """A token count as an int; None for everything that is not a number."""
+    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+# Where an error's message may stand, over all known dialects.
+def error_of(message: Any, kind: str = "message") -> Optional[str]:
+    """The error that a JSON object reports, whatever its dialect; None when it reports none."""
+    if not isinstance(message, dict):
+        return str(message)[:300] if kind == "error" else None
+    error = message.get("error")
+    if not error and isinstance(message.get("Response"), dict):
+        error = message["Response"].get("Error")
+    error = error or message.get("ErrorMsg")
+    if error:
+        return describe_error(error)
+    if (
+        kind == "error"
+        or message.get("type") == "error"
+        or message.get("object") == "error"
+        or message.get("error_code")
+    ):
+        return describe_error(message)
+    code = message.get("code")
+    if (
+        code
+        and message.get("message")
+        and "choices" not in message
+        and str(code).lower() not in ("0", "200", "success", "ok")
+    ):
+        return describe_error(message)
+    return None
+
+
+def describe_error(error: Any) -> str:
+    """One line of an error in any shape: its code or type, then its message."""
+    if not isinstance(error, dict):
+        return str(error)[:300]
+    code = next(
+        (error[key] for key in ("code", "error_code", "Code", "type", "status") if error.get(key) not in (None, "")), ""
+    )
+    text = next((error[key] for key in ("message", "error_msg", "Message", "Msg", "detail") if error.get(key)), "")
+    line = "%s: %s" % (code, text) if code and text else str(code or text or json.dumps(error))
+    return " ".join(line.split())[:300]
+
+
+# A finish reason that means failure (DeepSeek, GLM, OpenRouter); content_filter is an answer.
+FAILED_FINISH = frozenset(("sensitive", "network_error", "insufficient_system_resource", "error"))
+
+
+def finish_of(value: Any) -> str:
+    """A finish reason, "" for none: null, "" (old SGLang) and "null" (DashScope) are none."""
+    return value if isinstance(value, str) and value not in ("", "null") else ""
+
+
+def openai_usage(usage: Any) -> Optional[Dict[str, int]]:
+    """Token counts of OpenAI's usage object under a record's keys; None when there are none or all are 0."""
+    if not isinstance(usage, dict):
+        return None
+    inward = usage.get("prompt_tokens_details") if isinstance(usage.get("prompt_tokens_details"), dict) else {}
+    outward = usage.get("completion_tokens_details") if isinstance(usage.get("completion_tokens_details"), dict) else {}
+    counts = {
+        "in_tokens": integer(usage.get("prompt_tokens")),
+        "out_tokens": integer(usage.get("completion_tokens")),
+        "cached_tokens": integer(inward.get("cached_tokens", usage.get("prompt_cache_hit_tokens"))),
+        "reasoning_tokens": integer(outward.get("reasoning_tokens", usage.get("reasoning_tokens"))),
+    }
+    known = {key: value for key, value in counts.items() if value is not None}
+    return known if any(known.values()) else None
+
+
+class Decoder:
+    """Reads one stream in OpenAI's chat dialect; see the head of this section."""
+
+    PLAIN_TEXT = re.compile(rb'[^"\\\x00-\x1f\x7f]*')
+    CONTENT = re.compile(rb'"content"\s*:\s*"([^"\\\x00-\x1f]+)"')
+    MARKER = "\u2042llmbench"
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._tail = b""
+        self._tail_length = 0
+        self._head_length = 0
+        self._hits = 0
+        self._lessons = 0
+
+    def plain(self, data: bytes) -> int:
+        """Characters of the text when `data` is certainly one content frame and nothing else; 0: read it in full."""
+        head_length = self._head_length
+        if not head_length or not data.startswith(self._head) or not data.endswith(self._tail):
+            return 0
+        end = len(data) - self._tail_length
+        if end <= head_length or self.PLAIN_TEXT.match(data, head_length).end() != end:  # type: ignore[union-attr]
+            return 0
+        self._hits += 1
+        text = data[head_length:end]
+        return len(text) if text.isascii() else len(text.decode("utf-8", "replace"))
+
+    def frames(self, event: Event) -> List[Frame]:
+        """All frames of an event, text before usage before the end; raises ParseError when it is not JSON."""
+        kind, data = event
+        stripped = data.strip()
+        if stripped.startswith(DONE):
+            return [Frame("end")]
+        if not stripped:
+            return []
+        frames = self._read(parse_json(data), kind)
+        if len(frames) == 1 and frames[0].kind == "content" and kind == "message":
+            self._learn(data, frames[0].text)
+        return frames
+
+    def whole(self, message: Any) -> List[Frame]:
+        """Frames of a whole completion, the answer of an endpoint that doesn't stream."""
+        return self._read(message, "message")
+
+    def _learn(self, data: bytes, text: str) -> None:
+        # Streams in which every frame differs elsewhere (obfuscation, token ids) must not pay twice for each.
+        if self._lessons > 3 + self._hits // 16:
+            return
+        self._lessons += 1
+        found = self.CONTENT.findall(data)
+        if len(found) != 1 or found[0] != text.encode("utf-8", "replace"):
+            return
+        start = self.CONTENT.search(data).start(1)  # type: ignore[union-attr]
+        head, tail = data[:start], data[start + len(found[0]) :]
+        try:
+            proof = self._read(parse_json(head + self.MARKER.encode() + tail), "message")
+        except ParseError:
+            return
+        if proof == [Frame("content", self.MARKER)]:
+            self._head, self._tail = head, tail
+            self._head_length, self._tail_length = len(head), len(tail)
+
+    def _read(self, message: Any, kind: str) -> List[Frame]:
+        error = error_of(message, kind)
+        if error is not None:
+            return [Frame("error", error)]
+        if not isinstance(message, dict):
+            raise ParseError("an event is JSON but not an object: %s" % json.dumps(message)[:60])
+        frames: List[Frame] = []
+        ends: List[Frame] = []
+        choices = message.get("choices")
+        for choice in choices if isinstance(choices, list) else []:
+            if isinstance(choice, dict):
+                frames.extend(self._choice(choice))
+                finish = finish_of(choice.get("finish_reason"))
+                if finish in FAILED_FINISH:
+                    ends.append(Frame("error", "finish reason " + finish))
+                elif finish:
+                    ends.append(Frame("end", finish))
+        usage = openai_usage(message.get("usage"))
+        if usage:
+            frames.append(Frame("usage", "", usage))
+        return frames + ends or [Frame("meta")]
+
+    def _choice(self, choice: Dict[str, Any]) -> List[Frame]:
+        delta = choice.get("delta") or choice.get("message")
+        if not isinstance(delta, dict):
+            return []
+        frames = []
+        # Both keys at once would double the text, so one is taken.
+        reasoning = text_of(delta.get("reasoning_content")) or text_of(delta.get("reasoning"))
+        if reasoning:
+            frames.append(Frame("reasoning", reasoning))
+        content = text_of(delta.get("content")) or text_of(delta.get("refusal"))
+        if content:
+            frames.append(Frame("content", content))
+        calls = delta.get("tool_calls") or (
+            [{"function": delta["function_call"]}] if delta.get("function_call") else None
+        )
+        if isinstance(calls, list) and calls:
+            functions = [call.get("function") for call in calls if isinstance(call, dict)]
+            arguments = [str(function.get("arguments") or "") for function in functions if isinstance(function, dict)]
+            frames.append(Frame("tool", "".join(arguments)))
+        return frames
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON of UTF-8 bytes, invalid sequences replaced; raises ParseError that shows how it begins."""
+    try:
+        return json.loads(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        raise ParseError("not JSON: %r" % data[:60].decode("utf-8", "replace")) from None
+
+
+class Provider:
+    """OpenAI chat completions, and what every provider has to state.
+
+    end_required: a stream that brings neither finish reason nor end marker is truncated.
+    """
+
+    name = "openai"
+    summary = "OpenAI chat completions: vLLM, SGLang, llama.cpp, DeepSeek, GLM, Ark, LiteLLM, One-API, …"
+    path = "/v1/chat/completions"
+    end_required = True
+    events: Callable[[], Any] = SSEParser
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.dialect = Dialect(config.max_tokens_field)
+
+    def decoder(self) -> Decoder:
+        """A fresh decoder for one request's stream."""
+        return Decoder()
+
+    def request(self, prompt: Prompt, endpoint: Endpoint, request_id: str, dialect: Dialect) -> HTTPRequest:
+        """The request for a prompt. `--body` is merged over our fields, `--header` put in place of ours."""
+        body = self.body(prompt, dialect)
+        merge(body, self.config.body)
+        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        headers = [
+            ("Host", endpoint.authority),
+            ("User-Agent", "llmbench/" + __version__),
+            ("Accept", "text/event-stream"),
+            ("Accept-Encoding", "identity"),
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(data))),
+            ("X-Request-Id", request_id),
+        ]
+        headers += self.authorization(endpoint)
+        return HTTPRequest(endpoint.target, replace_headers(headers, self.config.header), data)
+
+    def authorization(self, endpoint: Endpoint) -> List[Tuple[str, str]]:
+        """The header that carries the token, or the URL's user:password as Basic."""
+        if self.config.token:
+            return [("Authorization", "Bearer " + self.config.token)]
+        if endpoint.userinfo is not None:
+            return [("Authorization", "Basic " + base64.b64encode(endpoint.userinfo.encode("utf-8")).decode("ascii"))]
+        return []
+
+    def body(self, prompt: Prompt, dialect: Dialect) -> Dict[str, Any]:
+        """The request body as a JSON tree."""
+        tree: Dict[str, Any] = {"model": self.config.model, "messages": prompt.messages, "stream": True}
+        if dialect.stream_options:
+            tree["stream_options"] = {"include_usage": True}
+        tree[dialect.max_tokens_field] = prompt.max_tokens or self.config.max_tokens
+        return tree
+
+    def models_target(self, endpoint: Endpoint) -> str:
+        """The request target that lists the models, beside this endpoint's own."""
+        path = endpoint.target.split("?")[0]
+        suffix = "/" + self.path.split("/", 2)[2]
+        return (path[: -len(suffix)] if path.endswith(suffix) else "/v1") + "/models"
+
+
+def merge(tree: Dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Puts `over` into `tree`, objects merged key by key; a null takes the key out.
+
+    >>> tree = {"a": {"b": 1, "c": 2}, "d": 3}; merge(tree, {"a": {"b": 9}, "d": None}); tree
+    {'a': {'b': 9, 'c': 2}}
+    """
+    for key, value in over.items():
+        if value is None:
+            tree.pop(key, None)
+        elif isinstance(value, dict) and isinstance(tree.get(key), dict):
+            merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def replace_headers(headers: List[Tuple[str, str]], lines: Sequence[str]) -> List[Tuple[str, str]]:
+    """`headers` with the `K: V` lines added, or put in place of a header of the same name."""
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not re.match(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$", name.strip()):
+            raise UserError("--header needs 'Name: value'")
+        headers = [header for header in headers if header[0].lower() != name.strip().lower()]
+        if value.strip():
+            headers.append((name.strip(), value.strip()))
+    return headers
+
+
+PROVIDERS: Dict[str, Type[Provider]] = {"openai": Provider}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that a mistyped one most likely means, as ` (did you mean …?)`; "" when none is near."""
+    found = difflib.get_close_matches(word, list(known), 1)
+    return " (did you mean %s?)" % found[0] if found else ""
+
+
+def make_provider(config: Config) -> Provider:
+    """The provider that the configuration names; raises UserError."""
+    if config.provider not in PROVIDERS:
+        raise UserError(
+            "provider %r is unknown%s; `llmbench providers` lists them"
+            % (config.provider, nearest(config.provider, PROVIDERS))
+        )
+    return PROVIDERS[config.provider](config)
+
+
+class ThinkTags:
+    """Splits `<think>…</think>` at the start of the content into reasoning and content.
+
+    `feed` gives frames whose text may be shorter than what came: a beginning that may still become the tag
+    is held back, and what turns out not to be it is given with `held`, the arrival time of its first piece.
+    `settled` is true once nothing can change any more: then content is content.
+    """
+
+    OPEN, CLOSE = "<think>", "</think>"
+
+    def __init__(self, mode: str) -> None:
+        self.settled = mode == "off"
+        self.held: Optional[float] = None  # when the text that is held back began to arrive
+        self._held = ""
+        self._inside = False
+
+    def feed(self, text: str, arrived: float) -> List[Tuple[Frame, float]]:
+        """Frames of one content text, each with the time at which its text arrived."""
+        text = self._held + text
+        since = arrived if self.held is None else self.held
+        self._held, self.held = "", None
+        if not self._inside:
+            start = text.lstrip()
+            if self.OPEN.startswith(start[: len(self.OPEN)]) and len(start) < len(self.OPEN):
+                return self._hold(text, since)
+            if not start.startswith(self.OPEN):
+                self.settled = True
+                return [(Frame("content", text), since)]
+            self._inside = True
+            text = start[len(self.OPEN) :]
+        return self._thinking(text, arrived)
+
+    def _thinking(self, text: str, arrived: float) -> List[Tuple[Frame, float]]:
+        end = text.find(self.CLOSE)
+        if end >= 0:
+            self.settled = True
+            after = text[end + len(self.CLOSE) :]
+            frames = [(Frame("reasoning", text[:end]), arrived), (Frame("content", after), arrived)]
+            return [frame for frame in frames if frame[0].text]
+        # The end of the text may be the beginning of the closing tag: at most 7 characters are kept for the next.
+        keep = next((n for n in range(len(self.CLOSE) - 1, 0, -1) if text.endswith(self.CLOSE[:n])), 0)
+        self._held = text[len(text) - keep :]
+        ready = text[: len(text) - keep]
+        return [(Frame("reasoning", ready), arrived)] if ready else []
+
+    def _hold(self, text: str, since: float) -> List[Tuple[Frame, float]]:
+        self._held, self.held = text, since
+        return []
+
+    def rest(self, arrived: float) -> List[Tuple[Frame, float]]:
+        """What is still held at the end: content, or reasoning inside the tag."""
+        text, since = self._held, arrived if self.held is None else self.held
+        self._held, self.held = "", None
+        return [(Frame("reasoning" if self._inside else "content", text), since)] if text else []
+# ==================================================================================================
+# 5. Workload: files and built-ins to prompts
+# ==================================================================================================
+#
+# A workload is the built-in prompts, a text file (a prompt a line), or JSONL: `{"id", "prompt"}` or
+# `{"messages": […]}`, with `max_tokens` where wanted; `-` reads stdin. A file is JSONL when its name
+# ends in .jsonl, .ndjson or .json, or when its first line begins with `{`; from then on every line
+# must be such an object, and one that is not is named by its number. It is never sent as a prompt.
+#
+# Prompts are taken in file order and start again at the end. Unless `--no-unique` is given, the first
+# user message of each request begins with a few characters that no earlier request had, so that no
+# prefix cache answers in the endpoint's stead.
+
+
+def decode_workload(data: bytes, name: str) -> List[str]:
+    """The lines of a workload file; raises UserError naming the line that is not UTF-8."""
+    lines = []
+    for number, line in enumerate(data.replace(b"\r\n", b"\n").split(b"\n"), 1):
+        try:
+            lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            raise UserError("%s line %d is not UTF-8; convert the file" % (name, number)) from None
+    return lines
+
+
+def parse_workload(data: bytes, name: str) -> List[Prompt]:
+    """Prompts of a text or JSONL file; raises UserError with the number of a bad line."""
+    lines = decode_workload(data, name)
+    first = next((line for line in lines if line.strip()), "")
+    if name.lower().endswith((".jsonl", ".ndjson", ".json")) or first.lstrip().startswith("{"):
+        prompts = [parse_prompt(line, name, number) for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        prompts = [
+            Prompt("line-%d" % number, [{"role": "user", "content": line}])
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+    if not prompts:
+        raise UserError("%s holds no prompt; write one a line" % name)
+    return prompts
+
+
+def parse_prompt(line: str, name: str, number: int) -> Prompt:
+    """One JSONL line as a prompt; raises UserError that says what is wrong with it."""
+    where = "%s line %d" % (name, number)
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError("%s is not JSON (%s); mend or remove it" % (where, error)) from None
+    if not isinstance(item, dict):
+        raise UserError('%s is not a JSON object; write {"prompt": …} or {"messages": […]}' % where)
+    if ("prompt" in item) == ("messages" in item):
+        raise UserError('%s needs either "prompt" or "messages"' % where)
+    limit = item.get("max_tokens")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise UserError("%s: max_tokens must be a whole number above 0" % where)
+    return Prompt(str(item.get("id", "line-%d" % number)), prompt_messages(item, where), limit)
+
+
+def prompt_messages(item: Dict[str, Any], where: str) -> List[Dict[str, Any]]:
+    """The chat messages of a JSONL item, checked."""
+    if "prompt" in item:
+        if not isinstance(item["prompt"], str) or not item["prompt"].strip():
+            raise UserError('%s: "prompt" must be a text that is not empty' % where)
+        return [{"role": "user", "content": item["prompt"]}]
+    messages = item["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UserError('%s: "messages" must be a list that is not empty' % where)
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError('%s: each message must be an object with a "role"' % where)
+        if not isinstance(message.get("content"), (str, list, type(None))):
+            raise UserError('%s: a message\'s "content" must be a text or a list of parts' % where)
+    return messages
+
+
+def read_workload(path: Optional[str], builtin: Sequence[Tuple[str, bytes]]) -> List[Prompt]:
+    """The prompts of `--workload-file`, or the built-in ones in all languages; raises UserError."""
+    if path is None:
+        prompts = []
+        for language, data in builtin:
+            for number, prompt in enumerate(parse_workload(data, "built-in prompts"), 1):
+                prompts.append(Prompt("%s-%d" % (language, number), prompt.messages))
+        return prompts
+    if path == "-":
+        return parse_workload(sys.stdin.buffer.read(), "stdin")
+    try:
+        with open(path, "rb") as file:
+            return parse_workload(file.read(), os.path.basename(path))
+    except OSError as error:
+        raise UserError("--workload-file %s cannot be read: %s" % (path, error.strerror or error)) from None
+
+
+def make_unique(prompt: Prompt, request_id: str) -> Prompt:
+    """The prompt with a short prefix, different for each request id, at the head of its first user message."""
+    prefix = "[%s] " % hashlib.sha256(request_id.encode("utf-8")).hexdigest()[:8]
+    messages = list(prompt.messages)
+    for position, message in enumerate(messages):
+        if message.get("role") == "user":
+            content = message.get("content")
+            headed = (
+                [{"type": "text", "text": prefix}] + content if isinstance(content, list) else prefix + (content or "")
+            )
+            messages[position] = {**message, "content": headed}
+            break
+    return Prompt(prompt.id, messages, prompt.max_tokens)
+# ==================================================================================================
+# 6. Statistics: records to a summary, pure
+# ==================================================================================================
+#
+# `Collector` takes the lines of results.jsonl one by one and keeps measured requests in columns, one
+# `Rows` a stage: arrays of doubles of equal length, NaN where a value is not known, so that a million
+# requests fit in memory. `summarize` makes summary.json of them; the report draws from the same rows.
+# Nothing here reads a clock or a file, and nothing prints.
+#
+# Percentiles are `statistics.quantiles(method="inclusive")`: linear interpolation between the two
+# nearest samples, the definition that numpy and Excel share. They are never averaged over parts or
+# stages. Inter-chunk gaps come as merged histograms (at most 1 % off); everything else is exact.
+
+COLUMNS = (
+    "scheduled_ms", "start_ms", "end_ms", "queue_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms", "ttft_slack_ms",
+    "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms", "chunks",
+    "in_tokens", "cached_tokens", "reasoning_tokens", "out_tokens", "out_chars", "reasoning_chars", "in_bytes",
+    "out_bytes", "lag_ms", "rtt_ms", "retransmits", "out_of_order", "reused",
+)  # fmt: skip
+DISTRIBUTIONS = (
+    "ttft_ms", "ttfe_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms",
+    "queue_ms", "connect_ms", "ttfb_ms",
+)  # fmt: skip
+PERCENTILES = (("p50", 50), ("p90", 90), ("p95", 95), ("p99", 99))
+NAN = float("nan")
+
+
+def quantiles_inclusive(values: Sequence[float], n: int) -> List[float]:
+    """`statistics.quantiles(values, n=n, method="inclusive")`, which Python 3.7 does not have yet."""
+    if hasattr(statistics, "quantiles"):
+        return statistics.quantiles(values, n=n, method="inclusive")
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    cuts = []
+    for i in range(1, n):
+        below, rest = divmod(i * last, n)
+        cuts.append((ordered[below] * (n - rest) + ordered[min(below + 1, last)] * rest) / n)
+    return cuts
+
+
+def limited_names(n: int) -> List[str]:
+    """The percentiles that n samples are too few for: fewer than ten lie beyond them."""
+    return [name for name, percent in PERCENTILES if n * (100 - percent) < 1000]
+
+
+def percentiles(values: Sequence[float]) -> Dict[str, float]:
+    """P50, P90, P95 and P99; one value is every percentile of itself."""
+    if len(values) == 1:
+        return {name: values[0] for name, _ in PERCENTILES}
+    cuts = quantiles_inclusive(values, 100)
+    return {name: cuts[percent - 1] for name, percent in PERCENTILES}
+
+
+def describe(values: Sequence[float]) -> Optional[Dict[str, Any]]:
+    """`{n, mean, stdev, min, p50, p90, p95, p99, max, limited}` of samples; None when there are none."""
+    n = len(values)
+    if not n:
+        return None
+    ordered = sorted(values)
+    mean = math.fsum(ordered) / n
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in ordered) / (n - 1)) if n > 1 else 0.0
+    figures: Dict[str, Any] = {"n": n, "mean": mean, "stdev": spread, "min": ordered[0]}
+    figures.update(percentiles(ordered))
+    figures["max"] = ordered[-1]
+    return rounded({**figures, "limited": limited_names(n)})
+
+
+def rounded(figures: Dict[str, Any]) -> Dict[str, Any]:
+    """The figures with floats cut to 4 decimals: 0.1 µs, or one in ten thousand."""
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
+
+
+def describe_histogram(
+    buckets: Mapping[int, int], total_ms: float, low: float, high: float
+) -> Optional[Dict[str, Any]]:
+    """The same figures of a log-scaled histogram: mean, min and max exact, the others at most 1 % off."""
+    n = sum(buckets.values())
+    if not n:
+        return None
+    ordered = sorted(buckets.items())
+    mean = total_ms / n
+    square = math.fsum(count * (bucket_ms(bucket) - mean) ** 2 for bucket, count in ordered)
+    figures: Dict[str, Any] = {"n": n, "mean": mean, "stdev": math.sqrt(square / (n - 1)) if n > 1 else 0.0, "min": low}
+    for name, percent in PERCENTILES:
+        figures[name] = min(high, max(low, histogram_quantile(ordered, n, percent / 100.0)))
+    figures["max"] = high
+    return rounded({**figures, "limited": limited_names(n)})
+
+
+def histogram_quantile(ordered: Sequence[Tuple[int, int]], n: int, share: float) -> float:
+    """The value in ms at rank (n - 1) x share of sorted `(bucket, count)` pairs, interpolated like a sample's."""
+    rank = (n - 1) * share
+    below, seen, low = math.floor(rank), 0, None
+    for bucket, count in ordered:
+        seen += count
+        if low is None and seen > below:
+            low = bucket_ms(bucket)
+        if low is not None and seen > min(below + 1, n - 1):
+            return low + (bucket_ms(bucket) - low) * (rank - below)
+    return low or 0.0
+
+
+class Rows:
+    """The measured requests of one stage in columns of equal length, in the file's order; NaN is not known."""
+
+    def __init__(self, stage: int, load: Dict[str, float]) -> None:
+        self.stage = stage
+        self.load = load
+        self.status: List[str] = []
+        self.columns: Dict[str, array.array] = {name: array.array("d") for name in COLUMNS}
+        self.itl_hist: Dict[int, int] = {}
+        self.itl_sum_ms, self.itl_min_ms, self.itl_max_ms = 0.0, math.inf, 0.0
+        self.errors: Dict[Tuple[str, str], Dict[str, Any]] = {}
+        self.warmup = 0
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def add(self, record: Mapping[str, Any], end_ms: Optional[float]) -> None:
+        """One measured record; `end_ms` is when it was over, from the run's zero."""
+        status = sys.intern(record["status"])
+        self.status.append(status)
+        for name, column in self.columns.items():
+            value = end_ms if name == "end_ms" else record.get(name)
+            column.append(NAN if value is None else value)
+        if status == "ok":
+            self._add_gaps(record)
+        else:
+            self._add_error(status, record)
+
+    def successful(self, name: str) -> List[float]:
+        """The known values of a column over successful requests."""
+        return [value for value, status in zip(self.columns[name], self.status) if status == "ok" and value == value]
+
+    def total(self, name: str) -> int:
+        """The sum of a count column over successful requests."""
+        return int(sum(self.successful(name)))
+
+    def count(self, *statuses: str) -> int:
+        """How many requests ended with one of these statuses."""
+        return sum(1 for status in self.status if status in statuses)
+
+    def _add_gaps(self, record: Mapping[str, Any]) -> None:
+        for bucket, count in (record.get("itl_hist") or {}).items():
+            self.itl_hist[int(bucket)] = self.itl_hist.get(int(bucket), 0) + count
+        if "itl_sum_ms" in record:
+            self.itl_sum_ms += record["itl_sum_ms"]
+            self.itl_min_ms = min(self.itl_min_ms, record["itl_min_ms"])
+            self.itl_max_ms = max(self.itl_max_ms, record["itl_max_ms"])
+
+    def _add_error(self, status: str, record: Mapping[str, Any]) -> None:
+        err = record.get("err") or STATUSES.get(status, status)
+        key = error_key(err)
+        known = self.errors.setdefault((status, key), {"status": status, "key": key, "count": 0, "sample": err})
+        known["count"] += 1
+        if "error_raw" in record:
+            known["sample"] = record["error_raw"]
+        first = record.get("start_ms", record.get("scheduled_ms"))
+        if first is not None:
+            known["first_ms"] = min(first, known.get("first_ms", first))
+
+
+def error_key(err: str) -> str:
+    """The cause of a failure without what differs from one to the next: numbers of two digits and more, ids.
+
+    >>> error_key("HTTP 500: upstream timed out (request id: 2026112404390012)")
+    'HTTP 500: upstream timed out (request id: #)'
+    """
+    head, tail = err[:8], err[8:]  # "HTTP 500" stays readable
+    tail = re.sub(r"\b(?=[0-9a-fA-F-]*[0-9])[0-9a-fA-F-]{8,}\b|[0-9]{2,}", "#", tail)
+    return (head + tail)[:200]
+
+
+def timestamp(text: str) -> float:
+    """Seconds since 1970 of an ISO 8601 UTC time as records hold it."""
+    form = "%Y-%m-%dT%H:%M:%S.%fZ" if "." in text else "%Y-%m-%dT%H:%M:%SZ"
+    return datetime.datetime.strptime(text, form).replace(tzinfo=datetime.timezone.utc).timestamp()
+
+
+class Collector:
+    """Takes the parsed lines of results.jsonl in any order of parts; afterwards holds everything a summary needs."""
+
+    def __init__(self) -> None:
+        self.header: Dict[str, Any] = {}
+        self.stages: Dict[int, Rows] = {}
+        self.audits: List[Dict[str, Any]] = []
+        self.end: Optional[Dict[str, Any]] = None
+        self.samples: Dict[str, str] = {}
+        self.clocks: Dict[str, int] = {}
+        self.compressed = self.not_streamed = self.probes = self.lines = 0
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """One line of the file: header, record, audit or end."""
+        self.lines += 1
+        if "run" in line:
+            self.header = dict(line["run"])
+        elif "audit" in line:
+            self.audits.append(dict(line["audit"]))
+        elif "end" in line:
+            self.end = dict(line["end"])
+        elif "request_id" in line:
+            self._add_record(line)
+
+    def _add_record(self, record: Mapping[str, Any]) -> None:
+        stage = record["stage"]
+        rows = self.stages.get(stage)
+        if rows is None:
+            rows = self.stages[stage] = Rows(stage, self._load(stage))
+        if record["phase"] != "measure":
+            self.probes += record["phase"] == "probe"
+            rows.warmup += record["phase"] == "warmup"
+            return
+        rows.add(record, self._end_ms(record))
+        if "clock" in record:
+            self.clocks[record["clock"]] = self.clocks.get(record["clock"], 0) + 1
+        self.compressed += "compressed" in record
+        self.not_streamed += record.get("streamed") is False
+        for name in ("first_content_raw", "final_frame_raw"):
+            if name in record:
+                self.samples.setdefault(name, record[name])
+
+    def _load(self, stage: int) -> Dict[str, float]:
+        loads = self.header.get("config", {}).get("concurrency") or [1]
+        return {"concurrency": loads[stage] if stage < len(loads) else loads[-1]}
+
+    @staticmethod
+    def _end_ms(record: Mapping[str, Any]) -> Optional[float]:
+        start = record.get("start_ms")
+        if start is None:
+            return record.get("scheduled_ms")
+        if "latency_ms" in record:
+            return start + record["latency_ms"]
+        if "end_ts" in record and "start_ts" in record:
+            return start + (timestamp(record["end_ts"]) - timestamp(record["start_ts"])) * 1000.0
+        return start
+
+
+def wall_ms(rows: Rows) -> float:
+    """First measured start to last measured end of a stage, in ms."""
+    starts = [value for value in rows.columns["start_ms"] if value == value]
+    ends = [end for end, start in zip(rows.columns["end_ms"], rows.columns["start_ms"]) if start == start]
+    return max(ends) - min(starts) if starts else 0.0
+
+
+def steady_window(rows: Rows) -> Optional[Tuple[float, float]]:
+    """From the first moment at which all streams are in flight to the last start, in ms; None when never full."""
+    changes = []
+    for start, end in zip(rows.columns["start_ms"], rows.columns["end_ms"]):
+        if start == start:
+            changes.append((start, 1))
+            changes.append((end, -1))
+    # An end at the very moment of a start frees no stream before it: starts first.
+    changes.sort(key=lambda change: (change[0], -change[1]))
+    flying, streams = 0, rows.load.get("concurrency", 1)
+    for moment, change in changes:
+        flying += change
+        if flying >= streams:
+            return moment, max(start for start in rows.columns["start_ms"] if start == start)
+    return None
+
+
+def steady_throughput(rows: Rows) -> Tuple[Optional[float], str]:
+    """Output tokens/s in the steady window; None with the reason where it can't be said."""
+    window = steady_window(rows)
+    if window is None:
+        return None, "the streams were never all in flight at once"
+    low, high = window
+    columns = rows.columns
+    tokens, ended = 0.0, 0
+    for status, start, latency, first, out in zip(
+        rows.status, columns["start_ms"], columns["latency_ms"], columns["ttfe_ms"], columns["out_tokens"]
+    ):
+        if status != "ok":
+            continue
+        begin, end = start + first, start + latency
+        ended += low <= end <= high
+        if out == out and begin == begin:
+            tokens += out * share_within(begin, end, low, high)
+    need = 2 * rows.load.get("concurrency", 1)
+    if ended < need:
+        return None, "only %d requests ended while all streams were busy; %d are needed" % (ended, need)
+    return (tokens / (high - low) * 1000.0, "") if high > low else (None, "the steady window is empty")
+
+
+def share_within(begin: float, end: float, low: float, high: float) -> float:
+    """The part of [begin, end] that lies in [low, high]; of a moment: whether it does."""
+    if end <= begin:
+        return float(low <= end <= high)
+    return max(0.0, min(end, high) - max(begin, low)) / (end - begin)
+
+
+def count_requests(rows: Sequence[Rows]) -> Dict[str, Any]:
+    """The `requests` block of summary.json over these stages."""
+    total = sum(len(stage) for stage in rows)
+    success = sum(stage.count("ok") for stage in rows)
+    cancelled = sum(stage.count("cancelled") for stage in rows)
+    dropped = sum(stage.count("dropped") for stage in rows)
+    failure = total - success - cancelled - dropped
+    block = {"total": total, "success": success, "failure": failure, "cancelled": cancelled, "dropped": dropped}
+    if success + failure:
+        block["success_rate"] = round(success / (success + failure), 8)
+    block["warmup"] = sum(stage.warmup for stage in rows)
+    return block
+
+
+def count_tokens(rows: Sequence[Rows], mode: str) -> Dict[str, Any]:
+    """The `tokens` block: sums over successful requests; `missing` says how many came without usage."""
+    block: Dict[str, Any] = {"mode": mode}
+    for key, name in (
+        ("in", "in_tokens"),
+        ("out", "out_tokens"),
+        ("cached", "cached_tokens"),
+        ("reasoning", "reasoning_tokens"),
+    ):
+        values = [value for stage in rows for value in stage.successful(name)]
+        if values and mode == "usage":
+            block[key] = int(sum(values))
+    if mode == "usage":
+        block["missing"] = sum(stage.count("ok") - len(stage.successful("out_tokens")) for stage in rows)
+    return block
+
+
+def merge_errors(rows: Sequence[Rows]) -> List[Dict[str, Any]]:
+    """The `errors` block: one entry for each status and cause, the commonest first."""
+    merged: Dict[Tuple[str, str], Dict[str, Any]] = {}
+    for stage in rows:
+        for cause, error in stage.errors.items():
+            known = merged.get(cause)
+            if known is None:
+                merged[cause] = dict(error)
+                continue
+            known["count"] += error["count"]
+            if "first_ms" in error:
+                known["first_ms"] = min(error["first_ms"], known.get("first_ms", error["first_ms"]))
+    return sorted(merged.values(), key=lambda error: (-error["count"], error["status"], error["key"]))
+
+
+def summarize_stage(rows: Rows, mode: str) -> Dict[str, Any]:
+    """The figures of one stage; the same keys stand at the top of summary.json when there is only one."""
+    wall = wall_ms(rows)
+    block: Dict[str, Any] = {"wall_time_ms": round(wall, 4), "requests": count_requests([rows])}
+    for name in DISTRIBUTIONS:
+        block[name] = describe(rows.successful(name))
+    block["itl_ms"] = describe_histogram(rows.itl_hist, rows.itl_sum_ms, rows.itl_min_ms, rows.itl_max_ms)
+    block["request_tps"] = describe([1000.0 / value for value in rows.successful("tpot_ms") if value > 0])
+    block["tokens"] = count_tokens([rows], mode)
+    block["throughput"] = throughput_of(rows, wall, mode)
+    block["errors"] = merge_errors([rows])
+    return {key: value for key, value in block.items() if value is not None}
+
+
+def throughput_of(rows: Rows, wall: float, mode: str) -> Dict[str, Any]:
+    """The `throughput` block of one stage; token rates are absent when the endpoint reports no usage."""
+    seconds = wall / 1000.0
+    block: Dict[str, Any] = {}
+    if seconds <= 0:
+        return block
+    block["rps"] = rows.count("ok") / seconds
+    if mode == "usage" and rows.successful("out_tokens"):
+        block["output_tokens_per_s"] = rows.total("out_tokens") / seconds
+        steady, reason = steady_throughput(rows)
+        if steady is not None:
+            block["steady_output_tokens_per_s"] = steady
+        else:
+            block["steady_absent_reason"] = reason
+    if mode != "disabled":
+        block["output_chars_per_s"] = rows.total("out_chars") / seconds
+    return rounded(block)
+
+
+def client_block(collector: Collector) -> Dict[str, Any]:
+    """What the client says of itself: clock, lag, slack, CPU of its busiest process."""
+    lags = [value for rows in collector.stages.values() for value in rows.columns["lag_ms"] if value == value]
+    slacks = [value for rows in collector.stages.values() for value in rows.successful("ttft_slack_ms")]
+    block: Dict[str, Any] = {"processes": len({audit.get("part", 0) for audit in collector.audits}) or 1}
+    if collector.clocks:
+        block["clock"] = (
+            "kernel"
+            if set(collector.clocks) == {"kernel"}
+            else "user"
+            if set(collector.clocks) == {"user"}
+            else "mixed"
+        )
+    for name, values in (("lag_ms", lags), ("ttft_slack_ms", slacks)):
+        if values:
+            block[name] = describe(values)
+    if collector.audits:
+        block["cpu_percent"] = max(audit.get("cpu_percent", 0.0) for audit in collector.audits)
+    return block
+
+
+def summarize(collector: Collector) -> Dict[str, Any]:
+    """summary.json. With several stages the percentiles stand per stage only: pooled they would mean nothing."""
+    header = collector.header
+    config = header.get("config", {})
+    mode = config.get("token_mode", "usage")
+    rows = [collector.stages[index] for index in sorted(collector.stages)]
+    stages = [{"stage": stage.stage, "load": stage.load, **summarize_stage(stage, mode)} for stage in rows]
+    summary: Dict[str, Any] = {"schema": 1}
+    for key in ("tool_version", "run_id", "provider", "model", "url", "started_at"):
+        if header.get(key) is not None:
+            summary[key] = header[key]
+    if len(stages) == 1:
+        summary.update({key: value for key, value in stages[0].items() if key not in ("stage", "load")})
+    else:
+        summary["wall_time_ms"] = round(sum(stage["wall_time_ms"] for stage in stages), 4)
+        summary["requests"] = count_requests(rows)
+        summary["tokens"] = count_tokens(rows, mode)
+        summary["errors"] = merge_errors(rows)
+    summary["samples"] = collector.samples
+    summary["slo"] = []
+    summary["stages"] = stages
+    summary["client"] = client_block(collector)
+    if collector.end is not None:
+        summary["end"] = collector.end
+    summary["config"] = config
+    return summary
+# ==================================================================================================
+# 7. Load: which request belongs to which part, and at what load
+# ==================================================================================================
+#
+# Pure arithmetic without a clock. Every part (a process p of P on host k of n) computes the whole
+# schedule and takes its share, so that parts agree without talking: host k takes the requests i with
+# i mod n = k, process p of those the ones with (i // n) mod P = p, and in the closed loop part j of m
+# runs c // m + (j < c mod m) streams. A request's number is also the last part of its id.
+#
+# The numbers of a stage's requests begin with its warm-up: with 8 warm-up requests the measured ones
+# are 8, 9, 10, …, so that no two requests of a stage share a prompt prefix.
+
+
+class Part(NamedTuple):
+    """One process's share of a run: host k of n, process p of P on it."""
+
+    host: int = 0
+    hosts: int = 1
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def number(self) -> int:
+        """This part among all parts, j of m."""
+        return self.host * self.processes + self.process
+
+    @property
+    def parts(self) -> int:
+        """All parts of the run, m."""
+        return self.hosts * self.processes
+
+
+def streams_of(part: Part, concurrency: int) -> int:
+    """The streams that a part runs of `concurrency`.
+
+    >>> [streams_of(Part(process=p, processes=3), 8) for p in range(3)]
+    [3, 3, 2]
+    """
+    share, rest = divmod(concurrency, part.parts)
+    return share + (part.number < rest)
+
+
+def indices_of(part: Part, first: int, last: Optional[int]) -> Iterator[int]:
+    """The request numbers of a part from `first` to before `last`, without end when `last` is None."""
+    index = first
+    while last is None or index < last:
+        if index % part.hosts == part.host and index // part.hosts % part.processes == part.process:
+            yield index
+        index += 1
+
+
+def plan_stages(config: Config) -> List[Stage]:
+    """The stages that a configuration asks for, in order."""
+    return [
+        Stage(number, streams, config.requests_per_stage(streams), config.duration, config.warmup)
+        for number, streams in enumerate(config.concurrency)
+    ]
+# ==================================================================================================
+# 8. Connection: sockets, TLS, and the moment at which bytes arrived
+# ==================================================================================================
+#
+# The event loop gets to a socket late when a thousand of them become readable at once; the kernel
+# knows when the bytes arrived. `StampedSocket` asks for that stamp (SO_TIMESTAMPNS) and reads with
+# recvmsg, so that `asyncio.open_connection(sock=…)` works as ever, with TLS too, while the stamp of
+# the last read stands on the socket. It is on CLOCK_REALTIME; `Poll` measures the distance of the two
+# clocks at each return of the selector, and `Connection` brings the stamp to the monotonic clock. A
+# stamp that lies in the future, or before the previous one of its connection, is not believed: then
+# the time of reading serves and the record says `clock: user`, as it does where there are no stamps.
+#
+# One read may bring several segments and has the stamp of the newest. The earlier ones arrived after
+# the loop last looked: if this poll had to wait, as it returned; if it returned at once, after the
+# return of the poll before. `Poll.look` is that moment, and bounds how much too late a time may be.
+#
+# `Connection` is the only I/O in the hot path. Once open_connection has set up the transport it takes
+# the place of its StreamReader: bytes go to the receiver in the callback in which they were read,
+# without waking a coroutine for each.
+
+clock = time.monotonic  # the one clock of every interval; tests pass times in instead
+SO_TIMESTAMPNS = 35 if sys.platform.startswith("linux") else None  # <asm-generic/socket.h>, not named in `socket`
+STAMP = struct.Struct("@ll")  # struct timespec
+STAMP_SPACE = socket.CMSG_SPACE(STAMP.size) if hasattr(socket, "CMSG_SPACE") else 0
+READ_SIZE = 65536  # asyncio asks for 256 KiB, whose allocation costs more than a second read would
+CLOCK_JITTER = 5e-6  # two clocks can't be read at the very same moment
+
+
+class StampedSocket(socket.socket):
+    """A TCP socket on which `stamp` is the kernel's arrival time (CLOCK_REALTIME, s) of the last read, 0 for none."""
+
+    stamp = 0.0
+    reads = 0  # distinguishes one read from the next: TLS may hand out a read in pieces
+
+    def ask_for_stamps(self) -> None:
+        """Switches the kernel's stamps on where it has them."""
+        if SO_TIMESTAMPNS is not None:
+            with contextlib.suppress(OSError):  # no stamps: the time of reading serves
+                self.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """As socket.recv, noting the stamp."""
+        data, ancillary, _, _ = self.recvmsg(min(size, READ_SIZE), STAMP_SPACE, flags)
+        self._note(ancillary)
+        return data
+
+    def recv_into(self, buffer: Any, size: int = 0, flags: int = 0) -> int:
+        """As socket.recv_into, noting the stamp."""
+        count, ancillary, _, _ = self.recvmsg_into([memoryview(buffer)[:size] if size else buffer], STAMP_SPACE, flags)
+        self._note(ancillary)
+        return count
+
+    def _note(self, ancillary: Sequence[Tuple[int, int, bytes]]) -> None:
+        self.reads += 1
+        for level, kind, data in ancillary:
+            if kind == SO_TIMESTAMPNS and level == socket.SOL_SOCKET and len(data) == STAMP.size:
+                seconds, nanoseconds = STAMP.unpack(data)
+                self.stamp = seconds + nanoseconds * 1e-9
+                return
+        self.stamp = 0.0
+
+
+class Poll(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
+    """The loop's selector, which knows when it last looked and how far apart the two clocks are.
+
+    returned: when the last poll returned. look: since when what it brought can have arrived.
+    offset: CLOCK_MONOTONIC - CLOCK_REALTIME in s. polls, longest: how often it was asked, and the
+    longest time between a return and the next poll, which is the loop's own delay.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returned = self.look = clock()
+        self.offset = 0.0
+        self.polls = 0
+        self.longest = 0.0
+        for _ in range(10):
+            self._measure_offset(1.0)
+
+    def select(self, timeout: Optional[float] = None) -> List[Tuple[Any, int]]:
+        """As the base class; asks without waiting first, so that whether it had to wait is certain."""
+        ready = super().select(0)
+        looked = self.returned
+        if not ready and (timeout is None or timeout > 0):
+            self.longest = max(self.longest, clock() - looked)
+            ready = super().select(timeout)
+            self._measure_offset(20e-6)
+            self.look = self.returned
+        else:
+            self._measure_offset(20e-6)
+            self.longest = max(self.longest, self.returned - looked)
+            self.look = looked
+        self.polls += 1
+        return ready
+
+    def _measure_offset(self, tolerance: float) -> None:
+        """Reads both clocks at once; a reading that was interrupted in between is thrown away."""
+        before = clock()
+        real = time.time()
+        after = clock()
+        self.returned = before
+        if after - before < tolerance:
+            self.offset = (before + after) / 2 - real
+
+
+class Path(NamedTuple):
+    """What the kernel knows of a path: smoothed round trip in s, our retransmits, segments out of order."""
+
+    rtt: Optional[float]
+    retransmits: Optional[int]
+    out_of_order: Optional[int]
+
+
+def read_path(sock: socket.socket) -> Path:
+    """TCP_INFO of a socket: bytes 68-71 (µs), 100-103 and, in newer kernels, 224-227; None what there isn't."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if hasattr(socket, "TCP_INFO") else b""
+    except OSError:
+        info = b""
+    if not sys.platform.startswith("linux") or len(info) < 104:
+        return Path(None, None, None)
+    rtt, retransmits = struct.unpack_from("=I", info, 68)[0], struct.unpack_from("=I", info, 100)[0]
+    return Path(rtt / 1e6, retransmits, struct.unpack_from("=I", info, 224)[0] if len(info) >= 228 else None)
+
+
+class Connection(asyncio.Protocol):
+    """One open connection: sends a request, and hands what arrives to its receiver with the arrival time.
+
+    A receiver has `received(data, stamp, now, look, read, kernel)` and `lost(clean, reason)`; see `Exchange`.
+    """
+
+    def __init__(self, sock: StampedSocket, writer: asyncio.StreamWriter, poll: Poll, connect_seconds: float) -> None:
+        self.connect_seconds = connect_seconds
+        self.used = False  # carried a request already
+        self.open = True
+        self.path = Path(None, None, None)
+        self._socket = sock
+        self._writer = writer  # kept: its end would close the transport
+        self._transport = writer.transport
+        self._poll = poll
+        self._receiver: Any = None
+        self._last = 0.0  # the previous stamp on the monotonic clock
+        self._transport.set_protocol(self)
+
+    def send(self, payload: bytes, receiver: Any) -> float:
+        """Hands a request to the kernel; returns the moment just before."""
+        self._receiver = receiver
+        start = clock()
+        self._transport.write(payload)
+        return start
+
+    def release(self) -> None:
+        """The exchange is over and the connection may carry another."""
+        self._receiver = None
+        self.used = True
+
+    def measure_path(self) -> Path:
+        """The path's round trip now, and the retransmits and out-of-order segments since the last call."""
+        before, now = self.path, read_path(self._socket)
+        self.path = now
+        return Path(
+            now.rtt, difference(now.retransmits, before.retransmits), difference(now.out_of_order, before.out_of_order)
+        )
+
+    def close(self) -> None:
+        """Closes at once: what is still buffered belongs to a request that is over."""
+        self.open = False
+        self._receiver = None
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the transport with what one read brought."""
+        now = clock()
+        sock, poll = self._socket, self._poll
+        stamp = sock.stamp
+        kernel = stamp > 0.0
+        if kernel:
+            stamp += poll.offset
+            if stamp > now:
+                kernel = stamp - now < CLOCK_JITTER
+                stamp = now
+            elif stamp < self._last:
+                kernel = self._last - stamp < CLOCK_JITTER
+                stamp = self._last if kernel else now
+        else:
+            stamp = now
+        self._last = stamp
+        receiver = self._receiver
+        if receiver is None:  # nobody asked: the connection can't be trusted with another request
+            self.close()
+            return
+        receiver.received(data, stamp, now, poll.look, sock.reads, kernel)
+
+    def eof_received(self) -> bool:
+        """The peer closed its side."""
+        self._lost(True, "connection closed")
+        return False
+
+    def connection_lost(self, exc: Optional[Exception]) -> None:
+        """The connection is gone."""
+        self._lost(exc is None, "connection closed" if exc is None else describe_os_error(exc))
+
+    def _lost(self, clean: bool, reason: str) -> None:
+        self.open = False
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.lost(clean, reason)
+
+
+def difference(now: Optional[int], before: Optional[int]) -> Optional[int]:
+    """How much a counter grew; None where it isn't there."""
+    return None if now is None else now - (before or 0)
+
+
+def describe_os_error(error: BaseException) -> str:
+    """An operating system's error in a few words, without addresses: `connection refused`."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    number = getattr(error, "errno", None)
+    if number == errno.EMFILE:
+        return "too many open files: raise `ulimit -n` or lower --concurrency"
+    if number == errno.EADDRNOTAVAIL:
+        return "no free local port: lower --concurrency or keep connections alive"
+    if isinstance(number, int) and number > 0 and not isinstance(error, (ssl.SSLError, socket.gaierror)):
+        text = os.strerror(number)
+    return text[:1].lower() + text[1:]
+
+
+def make_tls(config: Config) -> ssl.SSLContext:
+    """The TLS settings of a configuration; raises UserError for a CA that can't be read."""
+    try:
+        if config.ca_cert and os.path.isdir(config.ca_cert):
+            context = ssl.create_default_context(capath=config.ca_cert)
+        else:
+            context = ssl.create_default_context(cafile=config.ca_cert)
+    except OSError as error:  # ssl.SSLError is one
+        reason = "it is not a PEM file" if isinstance(error, ssl.SSLError) else describe_os_error(error)
+        raise UserError("--ca-cert %s cannot be used: %s" % (config.ca_cert, reason)) from None
+    if config.insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def describe_tls_error(error: BaseException) -> str:
+    """Why TLS failed, with the way out where one is known."""
+    text = getattr(error, "verify_message", "") or getattr(error, "reason", "") or str(error) or type(error).__name__
+    text = str(text).strip()
+    if "WRONG_VERSION_NUMBER" in text or "HTTP_REQUEST" in text or "RECORD_LAYER" in text:
+        return "the port does not speak TLS: use http:// if it is plain HTTP"
+    if isinstance(error, ssl.SSLError) and getattr(error, "verify_message", ""):
+        return "certificate: %s (--ca-cert FILE trusts a private CA, --insecure any certificate)" % text
+    if isinstance(error, ssl.CertificateError):
+        return "certificate: %s" % text
+    return text.lower().replace("_", " ") if text.isupper() else text
+
+
+class Network:
+    """What the connections of a part share: where to, TLS, time-outs, and the resolved addresses."""
+
+    def __init__(self, endpoint: Endpoint, config: Config, poll: Poll) -> None:
+        self.endpoint = endpoint
+        self.poll = poll
+        self._timeout = config.connect_timeout
+        self._tls = make_tls(config) if endpoint.scheme == "https" else None
+        self._lookup: Optional[asyncio.Future] = None
+        self._looked_up = 0.0
+
+    async def open(self) -> Connection:
+        """A new connection, ready to carry a request; raises RequestError."""
+        began = clock()
+        deadline = began + self._timeout
+        try:
+            addresses = await asyncio.wait_for(asyncio.shield(self._addresses()), self._timeout)
+        except asyncio.TimeoutError:
+            raise self._timed_out("resolving the host name") from None
+        except OSError as error:
+            raise RequestError("dns_error", "%s: %s" % (self.endpoint.host, describe_os_error(error))) from None
+        sock = await self._connect(addresses, deadline)
+        try:
+            writer = await self._start(sock, deadline)
+        except BaseException:
+            sock.close()
+            raise
+        connection = Connection(sock, writer, self.poll, clock() - began)
+        if sock.reads and self._tls is None:
+            connection.close()
+            raise RequestError("parse_error", "the peer spoke before it was asked: not an HTTP server")
+        return connection
+
+    def _addresses(self) -> asyncio.Future:
+        """The endpoint's addresses; one look-up serves all connections of half a minute."""
+        if self._lookup is None or (
+            self._lookup.done() and (clock() - self._looked_up > 30 or self._lookup.exception())
+        ):
+            loop = asyncio.get_event_loop()
+            self._looked_up = clock()
+            self._lookup = asyncio.ensure_future(
+                loop.getaddrinfo(
+                    self.endpoint.host, self.endpoint.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+                )
+            )
+        return self._lookup
+
+    def _timed_out(self, doing: str) -> RequestError:
+        return RequestError("timeout", "connect time-out (%gs) while %s" % (self._timeout, doing))
+
+    async def _connect(self, addresses: Sequence[Any], deadline: float) -> StampedSocket:
+        """A connected socket to the first address that answers; each gets its share of the time that is left."""
+        failure: Optional[RequestError] = None
+        for position, (family, kind, protocol, _, address) in enumerate(addresses):
+            share = max(0.05, (deadline - clock()) / (len(addresses) - position))
+            sock = None
+            try:
+                sock = StampedSocket(family, kind, protocol)
+                sock.setblocking(False)
+                sock.ask_for_stamps()
+                await asyncio.wait_for(asyncio.get_event_loop().sock_connect(sock, address), share)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return sock
+            except asyncio.CancelledError:
+                self._drop(sock)
+                raise
+            except asyncio.TimeoutError:
+                self._drop(sock)
+                failure = self._timed_out("waiting for TCP")
+            except OSError as error:
+                self._drop(sock)
+                failure = RequestError("connect_error", "%s: %s" % (self.endpoint.authority, describe_os_error(error)))
+        raise failure or RequestError("dns_error", "%s: no address" % self.endpoint.host)
+
+    @staticmethod
+    def _drop(sock: Optional[socket.socket]) -> None:
+        if sock is not None:
+            sock.close()
+
+    async def _start(self, sock: StampedSocket, deadline: float) -> asyncio.StreamWriter:
+        """asyncio's transport on a connected socket, TLS included."""
+        settings: Dict[str, Any] = {}
+        left = max(0.05, deadline - clock())
+        if self._tls is not None:
+            settings = {"ssl": self._tls, "server_hostname": self.endpoint.host, "ssl_handshake_timeout": left + 1}
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(sock=sock, **settings), left)
+        except asyncio.CancelledError:
+            raise
+        except asyncio.TimeoutError:
+            raise self._timed_out("waiting for TLS") from None
+        except (ssl.SSLError, ssl.CertificateError) as error:
+            raise RequestError("tls_error", describe_tls_error(error)) from None
+        except OSError as error:
+            status = "tls_error" if self._tls is not None else "connect_error"
+            raise RequestError(status, "during the TLS handshake: " + describe_os_error(error)) from None
+        return writer
+
+
+class Fetch:
+    """A receiver that collects one whole response, for questions that are not measured."""
+
+    def __init__(self) -> None:
+        self.reader = ResponseReader()
+        self.body = b""
+        self.done: asyncio.Future = asyncio.get_event_loop().create_future()
+
+    def received(self, data: bytes, stamp: float, now: float, look: float, read: int, kernel: bool) -> None:
+        """Bytes of the response."""
+        try:
+            self.body += self.reader.feed(data)
+        except ParseError as error:
+            self._fail(RequestError("parse_error", str(error)))
+            return
+        if self.reader.complete and not self.done.done():
+            self.done.set_result(None)
+        elif len(self.body) > EVENT_LIMIT:
+            self._fail(RequestError("parse_error", "the answer is longer than %d bytes" % EVENT_LIMIT))
+
+    def lost(self, clean: bool, reason: str) -> None:
+        """The connection ended."""
+        try:
+            if not clean:
+                raise Truncated(reason)
+            self.reader.end()
+            if not self.done.done():
+                self.done.set_result(None)
+        except Truncated as error:
+            self._fail(RequestError("truncated", str(error)))
+
+    def _fail(self, error: RequestError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+async def fetch(network: Network, payload: bytes, timeout: float) -> Tuple[Head, bytes]:
+    """Sends one request on a connection of its own; returns head and body, or raises RequestError."""
+    connection = await network.open()
+    try:
+        receiver = Fetch()
+        connection.send(payload, receiver)
+        await asyncio.wait_for(receiver.done, timeout)
+        return receiver.reader.head, receiver.body  # type: ignore[return-value]
+    except asyncio.TimeoutError:
+        raise RequestError("timeout", "no answer within %gs" % timeout) from None
+    finally:
+        connection.close()
+
+
+def raise_file_limit(need: int) -> Optional[str]:
+    """Raises the open-file limit to `need` descriptors where allowed; else the line that says what to do."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= need:
+        return None
+    target = need if hard == unlimited else min(need, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+    except (ValueError, OSError):
+        target = soft
+    if target >= need:
+        return None
+    return "the open-file limit is %d but %d are needed; raise it (ulimit -n %d) or lower --concurrency" % (
+        target,
+        need,
+        need,
+    )
+
+
+def new_loop() -> Tuple[asyncio.AbstractEventLoop, Poll]:
+    """An event loop on a `Poll`, set as the current one."""
+    poll = Poll()
+    loop = asyncio.SelectorEventLoop(poll)
+    asyncio.set_event_loop(loop)
+    return loop, poll
+
+
+def wake_kernel_stamps() -> socket.socket:
+    """A socket that keeps the kernel's stamps switched on for this run.
+
+    The kernel switches stamping on when the first socket asks for it, but not at once: a deferred job
+    does it (net_enable_timestamp). Waits up to 50 ms for the first stamp on a loopback pair.
+    """
+    keeper = StampedSocket(socket.AF_INET, socket.SOCK_STREAM)
+    keeper.ask_for_stamps()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        keeper.connect(listener.getsockname())
+        keeper.settimeout(0.05)
+        peer, _ = listener.accept()
+        with peer:
+            deadline = clock() + 0.05
+            while not keeper.stamp and SO_TIMESTAMPNS is not None and clock() < deadline:
+                peer.send(b"x")
+                keeper.recv(1)
+    return keeper
+# ==================================================================================================
+# 9. Runner: load, prompts and connections to records
+# ==================================================================================================
+#
+# `Exchange` is one request from its first byte to its end: arrived bytes with their times go in,
+# frames are taken from them, and what a record needs is kept. It knows no socket and no clock, so a
+# test feeds it like the wire would. `Runner` is the closed loop: each of N streams sends its next
+# request when the last one ended. Connections are opened before a phase's clock starts, so that the
+# first wave goes out at once. Records go to a sink that the runner is given, as each request ends.
+#
+# Hard cases, decided once:
+# - The end is reached at the finish reason or [DONE]. What follows (usage, terminator) is waited for
+#   at most LINGER seconds; if the connection dies or stalls there the request is ok all the same.
+# - A stream with neither is truncated however cleanly its body ended, where the provider says that an
+#   end is required. One that ends well without any output is `empty`.
+# - An error frame ends the request as stream_error, whatever follows it.
+# - An idle connection that turns out dead before any byte of an answer is replaced once: `start` is
+#   taken anew and the record says `retried`.
+# - A 400 that our own fields may have caused gets one probe without them; when that works, what was
+#   refused is sent again, and the run says so.
+
+LINGER = 5.0  # s after the end for usage and terminator; s that an interrupt leaves what is in flight
+AUTH_FAILURES = 3  # refused in a row from the start: the token is wrong, and more requests won't mend it
+BACK_OFF = 0.1  # s that a stream waits after a connection failed, so that a dead endpoint isn't hammered
+
+
+class Exchange:
+    """One request's answer: arrived bytes and their times in, status and figures out.
+
+    Times are seconds on the monotonic clock. `on_done` is called once, when `status` is known.
+    `dead` instead of a status: the connection ended before any byte of an answer.
+    """
+
+    def __init__(self, provider: Provider, lags: Dict[int, int], on_done: Callable[[], None]) -> None:
+        config = provider.config
+        self.provider = provider
+        self.on_done = on_done
+        self.on_end: Callable[[], None] = no_call  # called when the explicit end is reached
+        self.lags = lags  # histogram over all reads of a part
+        self.reader = ResponseReader()
+        self.parser = provider.events()
+        self.decoder = provider.decoder()
+        self.think = ThinkTags(config.think_tags)
+        self.plain: Callable[[bytes], int] = self.decoder.plain if self.think.settled else never_plain
+        self.chunk_times: Optional[List[float]] = [] if config.record_chunks else None
+        self.start = 0.0
+        self.status: Optional[str] = None
+        self.err: Optional[str] = None
+        self.dead = False
+        self.ttfb_at: Optional[float] = None
+        self.output_at: Optional[float] = None  # first frame of any output
+        self.content_at: Optional[float] = None  # first visible content
+        self.tool_at: Optional[float] = None
+        self.end_at: Optional[float] = None  # the explicit end
+        self.over_at: Optional[float] = None  # when the status became known
+        self.arrived = 0.0  # the last arrival
+        self.chunks = self.chars = self.reasoning_chars = 0
+        self.gaps: Dict[int, int] = {}
+        self.gap_sum, self.gap_min, self.gap_max = 0.0, math.inf, 0.0
+        self.last_output = 0.0
+        self.lag = self.slack = 0.0
+        self.kernel = True
+        self.usage: Dict[str, int] = {}
+        self.finish_reason: Optional[str] = None
+        self.ended_by = ""  # "done" after [DONE]: what follows is not read
+        self.first_content: Optional[Event] = None
+        self.final_event: Optional[Event] = None
+        self.error_raw = b""
+        self.stream = True
+        self.whole = bytearray()  # the body of an answer that is not a stream
+        self.read = -1
+        self.read_frames = 0
+        self._slack_read = -1
+        self._interim = 0
+        self._consume: Callable[[bytes, float, float, float], None] = self._sniff
+
+    # What the connection calls.
+
+    def received(self, data: bytes, stamp: float, now: float, look: float, read: int, kernel: bool) -> None:
+        """What one read brought: it arrived at `stamp`, was read at `now`, may have been there since `look`."""
+        self.arrived = stamp
+        if not kernel:
+            self.kernel = False
+        if read != self.read:
+            self.read, self.read_frames = read, 0
+        lag = now - stamp
+        try:
+            body = self.reader.feed(data)
+            if self.ttfb_at is None or self._interim != self.reader.interim:
+                self._note_head(stamp)
+            if body:
+                before = self.read_frames
+                self._consume(body, stamp, now, look)
+                if self.read_frames > 1 and self.read_frames > before:
+                    lag = max(lag, now - look)
+        except ParseError as error:
+            self.error_raw = self.error_raw or data[:RAW_LIMIT]
+            self.finish("parse_error", str(error), stamp)
+            return
+        if lag > self.lag:
+            self.lag = lag
+        bucket = log_bucket(lag)
+        self.lags[bucket] = self.lags.get(bucket, 0) + 1
+        if self.reader.complete and self.status is None:
+            self._complete()
+
+    def lost(self, clean: bool, reason: str) -> None:
+        """The connection ended; `clean`: by the peer's orderly close."""
+        if self.status is not None:
+            return
+        if not self.arrived:
+            self.dead = True
+            self.finish("truncated", "%s before the head" % reason, None)
+        elif self.end_at is not None:
+            self._settle()
+        else:
+            try:
+                self.reader.end()
+                if not clean:
+                    raise Truncated("in the body")
+            except Truncated as error:
+                self._give_held()
+                self.finish("truncated", "%s %s" % (reason, error), self.arrived)
+            else:
+                self._complete()
+
+    # From here on bytes become frames.
+
+    def _note_head(self, stamp: float) -> None:
+        if self._interim != self.reader.interim:  # 1xx answers are not the head
+            self._interim, self.ttfb_at = self.reader.interim, None
+        if self.ttfb_at is None and (self.reader.head is not None or self.reader.waiting):
+            self.ttfb_at = stamp
+
+    def _sniff(self, body: bytes, stamp: float, now: float, look: float) -> None:
+        """The first body bytes decide what the answer is, since Content-Type is not trustworthy."""
+        head = self.reader.head
+        first = body.lstrip(b" \t\r\n\xef\xbb\xbf")[:1]
+        if head is None or (not first and head.status < 300):
+            if not first:
+                self._consume_stream(body, stamp, now, look)  # blank lines before a stream
+            return
+        if head.status >= 300 or (first in b"{[<" and self.parser.__class__ is SSEParser):
+            self.stream = False
+            self._consume = self._collect
+        else:
+            self._consume = self._consume_stream
+        self._consume(body, stamp, now, look)
+
+    def _collect(self, body: bytes, stamp: float, now: float, look: float) -> None:
+        self.read_frames += 1
+        room = EVENT_LIMIT + 1 if self.reader.head.status < 300 else RAW_LIMIT  # type: ignore[union-attr]
+        self.whole += body[: room - len(self.whole)]
+        if len(self.whole) > EVENT_LIMIT:
+            raise ParseError("the answer is longer than %d bytes" % EVENT_LIMIT)
+
+    def _consume_stream(self, body: bytes, stamp: float, now: float, look: float) -> None:
+        events = self.parser.feed(body)
+        if events:
+            self._take(events, stamp)
+            self.read_frames += len(events)
+            if self._slack_read == self.read and self.read_frames > 1:
+                self.slack = max(0.0, stamp - look)
+
+    def _take(self, events: Sequence[Event], stamp: float) -> None:
+        """The hot path: all events of one read, which share its stamp."""
+        outputs = chars = 0
+        plain = self.plain
+        for event in events:
+            length = plain(event[1]) if event[0] == "message" else 0
+            if length:
+                outputs += 1
+                chars += length
+            elif self.ended_by != "done" and self.status is None:
+                outputs += self._read_event(event, stamp)
+                plain = self.plain
+        last = events[-1]
+        if self.ended_by != "done" or last[1] != DONE:
+            self.final_event = last
+        elif len(events) > 1:
+            self.final_event = events[-2]
+        self.chars += chars
+        if outputs:
+            self._note_outputs(outputs, stamp)
+
+    def _note_outputs(self, outputs: int, stamp: float) -> None:
+        if self.chunks:
+            gap = stamp - self.last_output
+            bucket = log_bucket(gap)
+            self.gaps[bucket] = self.gaps.get(bucket, 0) + 1
+            self.gap_sum += gap
+            self.gap_min = min(self.gap_min, gap)
+            self.gap_max = max(self.gap_max, gap)
+        if outputs > 1:  # frames of one read share its stamp
+            self.gaps[0] = self.gaps.get(0, 0) + outputs - 1
+            self.gap_min = 0.0
+        self.chunks += outputs
+        self.last_output = stamp
+        if self.chunk_times is not None:
+            self.chunk_times.extend([stamp] * outputs)
+
+    def _read_event(self, event: Event, stamp: float) -> int:
+        """The full reading of one event; returns how many output frames it held."""
+        outputs = 0
+        for frame in self.decoder.frames(event):
+            kind = frame.kind
+            if kind in OUTPUT_KINDS:
+                outputs += self._output(frame, event, stamp)
+            elif kind == "usage" and frame.usage:
+                self.usage = frame.usage
+            elif kind == "end":
+                self._end(frame.text, stamp)
+            elif kind == "error":
+                self.error_raw = event[1][:RAW_LIMIT]
+                self.finish("stream_error", frame.text, stamp)
+        return outputs
+
+    def _output(self, frame: Frame, event: Optional[Event], stamp: float) -> int:
+        if frame.kind == "content" and not self.think.settled:
+            pieces = self.think.feed(frame.text, stamp)
+            if self.think.settled:
+                self.plain = self.decoder.plain
+        else:
+            pieces = [(frame, stamp)]
+        for piece, arrived in pieces:
+            self._note_output(piece, event, arrived)
+        return len(pieces)
+
+    def _note_output(self, frame: Frame, event: Optional[Event], arrived: float) -> None:
+        length = len(frame.text)
+        self.chars += length
+        if self.output_at is None:
+            self.output_at, self._slack_read = arrived, self.read
+        if frame.kind == "reasoning":
+            self.reasoning_chars += length
+        elif frame.kind == "tool":
+            if self.tool_at is None:
+                self.tool_at = arrived
+        elif self.content_at is None:
+            self.content_at, self.first_content, self._slack_read = arrived, event, self.read
+            self.slack = 0.0
+
+    def _end(self, reason: str, stamp: float) -> None:
+        if self.end_at is None:
+            self.end_at = stamp
+            self.on_end()
+        if reason:
+            self.finish_reason = self.finish_reason or reason
+        else:
+            self.ended_by = "done"
+
+    def _give_held(self) -> None:
+        """What the think tags still hold back at the end is output after all."""
+        for frame, arrived in self.think.rest(self.arrived):
+            self._note_output(frame, self.final_event, arrived)
+            self._note_outputs(1, arrived)
+
+    # From here on the answer is over.
+
+    def _complete(self) -> None:
+        """The body ended well."""
+        head = self.reader.head
+        stamp = self.arrived
+        try:
+            if head.status >= 300:  # type: ignore[union-attr]
+                self._refused(head)  # type: ignore[arg-type]
+                return
+            if not self.stream:
+                self._take_whole(stamp)
+            else:
+                tail = self.parser.tail()
+                if tail:
+                    self._take(tail, stamp)
+        except ParseError as error:
+            self.error_raw = self.error_raw or bytes(self.whole[:RAW_LIMIT])
+            self.finish("parse_error", str(error), stamp)
+            return
+        if self.status is None:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Judges a stream that ended, by itself or by our patience after its explicit end."""
+        self._give_held()
+        required = self.provider.end_required and not self.provider.config.end_optional
+        if not self.chunks:
+            self.finish("empty", "the answer ended without any output", self.end_at or self.arrived)
+        elif self.end_at is None and required:
+            self.finish("truncated", "the stream ended without an end: neither finish reason nor [DONE]", self.arrived)
+        else:
+            if self.end_at is None:
+                self.end_at = self.arrived
+            self.finish("ok", None, self.end_at)
+
+    def _take_whole(self, stamp: float) -> None:
+        """A whole completion in answer to a stream request: ok without TTFT, or the error that it reports."""
+        raw = bytes(self.whole)
+        if raw.lstrip()[:1] == b"<":
+            raise ParseError("an HTML page in place of a stream: %r" % raw[:60].decode("utf-8", "replace"))
+        event = ("message", raw)
+        self.final_event = event
+        for frame in self.decoder.whole(parse_json(raw)):
+            if frame.kind in OUTPUT_KINDS:
+                self.chars += len(frame.text)
+                self.reasoning_chars += len(frame.text) if frame.kind == "reasoning" else 0
+                self.chunks += 1
+            elif frame.kind == "usage" and frame.usage:
+                self.usage = frame.usage
+            elif frame.kind == "end":
+                self.finish_reason = frame.text or None
+            elif frame.kind == "error":
+                self.error_raw = raw[:RAW_LIMIT]
+                self.finish("stream_error", frame.text, stamp)
+        self.end_at = stamp
+
+    def _refused(self, head: Head) -> None:
+        body = bytes(self.whole)
+        self.error_raw = body[:RAW_LIMIT]
+        status = {401: "auth_error", 403: "auth_error", 429: "rate_limited"}.get(head.status, "http_error")
+        if head.status < 400 and "location" in head.headers:
+            cause = "redirect to %s, which is not followed; give that URL" % head.headers["location"][:200]
+        else:
+            cause = describe_body(body) or head.reason
+        self.finish(status, "HTTP %d%s" % (head.status, ": " + cause if cause else ""), self.arrived)
+
+    def deadline(self) -> Tuple[float, str]:
+        """Until when the answer may take as things stand, and which time-out that is."""
+        config = self.provider.config
+        if self.end_at is not None:
+            return self.end_at + LINGER, "linger"
+        limits = [(self.start + config.timeout, "time-out (%gs) for the whole request" % config.timeout)]
+        if config.ttft_timeout and self.output_at is None:
+            limits.append(
+                (self.start + config.ttft_timeout, "time-out (%gs) for the first output" % config.ttft_timeout)
+            )
+        if config.idle_timeout:
+            limits.append(
+                (max(self.arrived, self.start) + config.idle_timeout, "idle time-out (%gs)" % config.idle_timeout)
+            )
+        return min(limits)
+
+    def expire(self, now: float, which: str) -> None:
+        """A deadline passed."""
+        if which == "linger":
+            self._settle()
+        else:
+            self.finish("timeout", which, now)
+
+    def finish(self, status: str, err: Optional[str], at: Optional[float]) -> None:
+        """Ends the request; only the first call counts."""
+        if self.status is None:
+            self.status, self.err, self.over_at = status, err, at
+            self.on_done()
+
+    def reusable(self) -> bool:
+        """Whether the connection may carry another request."""
+        return self.reader.reusable() and self.status not in ("cancelled", "timeout", "parse_error", "stream_error")
+
+
+def no_call() -> None:
+    """Stands in for a callback that nobody asked for."""
+
+
+def never_plain(_: bytes) -> int:
+    """Stands in for Decoder.plain while `<think>` may still come."""
+    return 0
+
+
+def describe_body(body: bytes) -> str:
+    """What an error body says, in one line: its JSON error, or its first words."""
+    try:
+        message = json.loads(body.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        text = re.sub(
+            r"<(script|style)[^>]*>.*?</\1>|<[^>]*>", " ", body[:4096].decode("utf-8", "replace"), flags=re.S | re.I
+        )
+        return " ".join(text.split())[:200]
+    error = error_of(message, "error")
+    return error or ""
+
+
+def event_text(event: Optional[Event]) -> Optional[str]:
+    """An event as it stood on the wire, at most RAW_LIMIT bytes of it."""
+    if event is None:
+        return None
+    kind, data = event
+    lines = ["data: " + line for line in data[:RAW_LIMIT].decode("utf-8", "replace").split("\n")]
+    return "\n".join((["event: " + kind] if kind != "message" else []) + lines)[:RAW_LIMIT]
+
+
+@dataclass
+class Progress:
+    """What a live line shows of a running stage."""
+
+    stage: int = 0
+    stages: int = 1
+    concurrency: int = 1
+    phase: str = "measure"
+    total: Optional[int] = None
+    duration: Optional[float] = None
+    began: float = 0.0
+    done: int = 0
+    ok: int = 0
+    failed: int = 0
+    in_flight: int = 0
+    tokens: int = 0
+    chars: int = 0
+    ttft: Dict[int, int] = field(default_factory=dict)  # log-scaled histogram
+    note: str = ""
+
+
+class Job(NamedTuple):
+    """One request to be made: its number and what is sent."""
+
+    index: int
+    prompt: Prompt
+    request_id: str
+    payload: bytes
+    in_bytes: int
+    version: int
+
+
+@dataclass
+class Stream:
+    """One of the N that a closed loop keeps busy: its connection, and what it is doing."""
+
+    number: int
+    connection: Optional[Connection] = None
+    exchange: Optional[Exchange] = None
+    job: Optional[Job] = None
+    task: Optional[asyncio.Task] = None
+    opening: bool = False
+
+
+class Attempt(NamedTuple):
+    """What one sending of a request came to."""
+
+    exchange: Exchange
+    reused: bool  # the connection had carried a request before
+    connect: float  # s that opening the connection took, whenever that was
+    opened: Optional[float]  # s of it spent after the request was due; None when it was open already
+    path: Path
+
+
+class Runner:
+    """Runs the stages of one part and hands each finished record to `sink`."""
+
+    def __init__(
+        self, config: Config, provider: Provider, endpoint: Endpoint, prompts: Sequence[Prompt], part: Part, poll: Poll,
+        sink: Callable[[Dict[str, Any]], None],
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.provider = provider
+        self.endpoint = endpoint
+        self.prompts = prompts
+        self.part = part
+        self.poll = poll
+        self.sink = sink
+        self.network = Network(endpoint, config, poll)
+        self.progress = Progress()
+        self.zero = 0.0  # the run's zero on the monotonic clock
+        self.epoch = 0.0  # the same moment in seconds since 1970
+        self.reason = "done"  # why the run ended
+        self.stopping = False
+        self.lags: Dict[int, int] = {}
+        self.secrets = secrets_of(config, endpoint)
+        self._streams: List[Stream] = []
+        self._failures_seen: set = set()
+        self._sampled = False
+        self._auth_failures = 0
+        self._dialect_lock: Optional[asyncio.Lock] = None
+        self._accepted = -1  # the version of the dialect that the endpoint took
+        self._ahead: Optional[asyncio.Future] = None  # connections being opened before a phase
+        self._sleepers: set = set()
+
+    async def run(self, stages: Sequence[Stage]) -> None:
+        """All stages in order; returns when the last record is written."""
+        self.zero, real = clock(), time.time()
+        self.epoch = real - self.zero
+        self._dialect_lock = asyncio.Lock()
+        self.progress.stages = len(stages)
+        for stage in stages:
+            if not self.stopping:
+                await self._run_stage(stage)
+
+    def stop(self, reason: str, patience: Optional[float] = LINGER) -> None:
+        """Starts nothing new; what is in flight gets `patience` seconds (None: as long as it takes)."""
+        if not self.stopping:
+            self.stopping, self.reason = True, reason
+        for waiting in [*self._sleepers, self._ahead]:
+            if waiting is not None:
+                waiting.cancel()
+        if patience is not None:
+            asyncio.get_event_loop().call_later(patience, self.cancel, "interrupted")
+
+    def cancel(self, why: str) -> None:
+        """Ends what is in flight now, as cancelled."""
+        now = clock()
+        for stream in self._streams:
+            if stream.exchange is not None:
+                stream.exchange.finish("cancelled", why, now)
+            elif stream.opening and stream.task is not None:
+                stream.task.cancel()
+
+    # One stage.
+
+    async def _run_stage(self, stage: Stage) -> None:
+        count = streams_of(self.part, stage.concurrency)
+        self._streams = [Stream(number) for number in range(count)]
+        self.lags = {}
+        try:
+            if stage.warmup:
+                await self._run_phase(stage, "warmup", indices_of(self.part, 0, stage.warmup))
+            if not self.stopping:
+                last = None if stage.total is None else stage.warmup + stage.total
+                await self._run_phase(stage, "measure", indices_of(self.part, stage.warmup, last))
+        finally:
+            for stream in self._streams:
+                if stream.connection is not None:
+                    stream.connection.close()
+            await asyncio.sleep(0)  # lets the transports close their sockets
+
+    async def _run_phase(self, stage: Stage, phase: str, indices: Iterator[int]) -> None:
+        await self._open_ahead(stage, phase)
+        for stream in self._streams:
+            stream.job = self._next_job(stage, indices)
+        busy = [stream for stream in self._streams if stream.job is not None]
+        began = clock()
+        audit = Audit(began, self.poll) if phase == "measure" else None
+        self._show_phase(stage, phase, began)
+        deadline = began + stage.duration if stage.duration is not None and phase == "measure" else None
+        grace = self._end_at(deadline)
+        loop = asyncio.get_event_loop()
+        for stream in busy:
+            stream.task = loop.create_task(self._keep_busy(stream, stage, phase, indices, began, deadline))
+        if busy:
+            await asyncio.wait([stream.task for stream in busy])  # type: ignore[type-var]
+            for stream in busy:
+                stream.task.result()  # type: ignore[union-attr]  # a bug is a traceback
+        if grace is not None:
+            grace.cancel()
+        if audit is not None:
+            self.sink({"audit": audit.finish(clock(), stage.index, self.part.number, self.progress.done, self.lags)})
+
+    def _end_at(self, deadline: Optional[float]) -> Optional[asyncio.TimerHandle]:
+        """Arranges that what is still in flight at the end of the grace is cancelled."""
+        if deadline is None:
+            return None
+        grace = self.config.timeout if self.config.grace is None else self.config.grace
+        return asyncio.get_event_loop().call_at(deadline + grace, self.cancel, "past the grace of %gs" % grace)
+
+    def _show_phase(self, stage: Stage, phase: str, began: float) -> None:
+        total = stage.warmup if phase == "warmup" else stage.total
+        share = (
+            None if total is None else sum(1 for _ in indices_of(self.part, 0, total)) if self.part.parts > 1 else total
+        )
+        fresh = Progress(stage.index, self.progress.stages, stage.concurrency, phase, share, stage.duration, began)
+        fresh.note = self.progress.note
+        self.progress.__dict__.update(fresh.__dict__)
+
+    async def _open_ahead(self, stage: Stage, phase: str) -> None:
+        """Opens the streams' connections before the clock starts; what fails here fails again, as a record."""
+        total = stage.warmup if phase == "warmup" else stage.total
+        wanted = len(self._streams) if total is None else min(len(self._streams), total)
+        missing = [
+            stream for stream in self._streams[:wanted] if stream.connection is None or not stream.connection.open
+        ]
+        gate = asyncio.Semaphore(64)  # a listener's backlog is often 128
+
+        async def open_one(stream: Stream) -> None:
+            async with gate:
+                if not self.stopping:
+                    try:
+                        stream.connection = await self.network.open()
+                    except RequestError:
+                        stream.connection = None
+
+        if missing and not self.stopping:
+            self._ahead = asyncio.gather(*(open_one(stream) for stream in missing))
+            with contextlib.suppress(asyncio.CancelledError):  # the run was stopped
+                await self._ahead
+            self._ahead = None
+
+    async def _keep_busy(
+        self, stream: Stream, stage: Stage, phase: str, indices: Iterator[int], due: float, deadline: Optional[float]
+    ) -> None:
+        """The life of a stream: one request after the other until there is none, the time is up or the run stops."""
+        while not self.stopping and (deadline is None or due < deadline):
+            job = stream.job or self._next_job(stage, indices)
+            stream.job = None
+            if job is None:
+                return
+            self.progress.in_flight += 1
+            record = await self._perform(stream, stage, phase, job, due)
+            self.progress.in_flight -= 1
+            self._finish_record(record)
+            if record.status in ("dns_error", "connect_error", "tls_error") and not self.stopping:
+                await self._pause(BACK_OFF)
+            due = clock()
+
+    async def _pause(self, seconds: float) -> None:
+        sleeper = asyncio.ensure_future(asyncio.sleep(seconds))
+        self._sleepers.add(sleeper)
+        try:
+            await sleeper
+        except asyncio.CancelledError:
+            pass
+        finally:
+            self._sleepers.discard(sleeper)
+
+    # One request.
+
+    def _next_job(self, stage: Stage, indices: Iterator[int]) -> Optional[Job]:
+        index = next(indices, None)
+        if index is None:
+            return None
+        return self._make_job(
+            stage, index, "%s-%d-%d" % (self.config.run_id, stage.index, index), self.provider.dialect
+        )
+
+    def _make_job(self, stage: Stage, index: int, request_id: str, dialect: Dialect) -> Job:
+        prompt = self.prompts[index % len(self.prompts)]
+        sent = make_unique(prompt, request_id) if self.config.unique else prompt
+        request = self.provider.request(sent, self.endpoint, request_id, dialect)
+        payload = encode_request("POST", request.target, request.headers, request.body)
+        return Job(index, prompt, request_id, payload, len(request.body), dialect.version)
+
+    async def _perform(self, stream: Stream, stage: Stage, phase: str, job: Job, due: float) -> Record:
+        """One request to its record, sent again after a dead idle connection or in another dialect."""
+        record = Record(job.request_id, job.prompt.id, phase, stage.index, provider=self.provider.name)
+        record.scheduled_ms = milliseconds(due - self.zero)
+        record.in_bytes = job.in_bytes
+        while True:
+            try:
+                attempt = await self._attempt(stream, job, due)
+            except RequestError as error:
+                record.status, record.err = error.status, error.args[0]
+                record.end_ts = iso_time(clock() + self.epoch)
+                return record
+            except asyncio.CancelledError:
+                record.status, record.err = "cancelled", "while connecting"
+                record.end_ts = iso_time(clock() + self.epoch)
+                return record
+            exchange = attempt.exchange
+            if exchange.dead and attempt.opened is None and not record.retried and not self.stopping:
+                record.retried = True
+                continue
+            if exchange.status == "http_error" and exchange.reader.head.status == 400:  # type: ignore[union-attr]
+                again = await self._negotiate(stage, job, exchange)
+                if again is not None:
+                    job = again
+                    record.in_bytes = job.in_bytes
+                    continue
+            if exchange.status == "ok":
+                self._accepted = job.version
+            self._fill(record, attempt, due)
+            return record
+
+    async def _attempt(self, stream: Stream, job: Job, due: float) -> Attempt:
+        """Sends a job on the stream's connection, opened if need be, and waits for the end."""
+        connection, opened = stream.connection, None
+        if connection is None or not connection.open:
+            stream.connection, stream.opening = None, True
+            try:
+                began = clock()
+                connection = stream.connection = await self.network.open()
+                opened = clock() - max(began, due)
+            finally:
+                stream.opening = False
+        done = asyncio.get_event_loop().create_future()
+        exchange = Exchange(self.provider, self.lags, lambda: done.done() or done.set_result(None))
+        stream.exchange = exchange
+        exchange.start = connection.send(job.payload, exchange)
+        watch = Watch(exchange)
+        try:
+            await done
+        finally:
+            watch.stop()
+            stream.exchange = None
+        attempt = Attempt(exchange, connection.used, connection.connect_seconds, opened, connection.measure_path())
+        if exchange.reusable() and connection.open:
+            connection.release()
+        else:
+            connection.close()
+            stream.connection = None
+        return attempt
+
+    async def _negotiate(self, stage: Stage, job: Job, exchange: Exchange) -> Optional[Job]:
+        """After a 400: the job in the dialect that the endpoint takes, found by one probe; None when that isn't it."""
+        async with self._dialect_lock:  # type: ignore[union-attr]
+            dialect = self.provider.dialect
+            if dialect.version == job.version:
+                if self._accepted == job.version or self.stopping:
+                    return None  # it took these fields before: they are not what it refuses
+                candidate = dialect.without(bytes(exchange.whole).decode("utf-8", "replace"))
+                if candidate is None:
+                    return None
+                if not await self._probe(stage, job, candidate):
+                    return None
+                dialect.adopt(candidate)
+                self.progress.note = candidate.notes[-1]
+        return self._make_job(stage, job.index, job.request_id, self.provider.dialect)
+
+    async def _probe(self, stage: Stage, job: Job, candidate: Dialect) -> bool:
+        """One request in another dialect, recorded in phase `probe`; whether the endpoint took it."""
+        request_id = "%s-%d-probe-%d" % (self.config.run_id, stage.index, candidate.version)
+        probe = self._make_job(stage, job.index, request_id, candidate)
+        record = Record(request_id, job.prompt.id, "probe", stage.index, provider=self.provider.name)
+        stream, due = Stream(-1), clock()
+        record.scheduled_ms, record.in_bytes = milliseconds(due - self.zero), probe.in_bytes
+        self._streams.append(stream)
+        try:
+            attempt = await self._attempt(stream, probe, due)
+            self._fill(record, attempt, due)
+        except RequestError as error:
+            record.status, record.err = error.status, error.args[0]
+        finally:
+            self._streams.remove(stream)
+            if stream.connection is not None:
+                stream.connection.close()
+        self._finish_record(record)
+        return record.http_status is not None and record.http_status < 300
+
+    # The record.
+
+    def _fill(self, record: Record, attempt: Attempt, due: float) -> None:
+        """Everything the exchange knows, under the record's keys."""
+        exchange = attempt.exchange
+        record.status, record.err = exchange.status or "truncated", exchange.err
+        record.reused = attempt.reused
+        connect = 0.0 if attempt.reused else attempt.connect
+        record.connect_ms = milliseconds(connect)
+        record.queue_ms = milliseconds(max(0.0, exchange.start - due - (attempt.opened or 0.0)))
+        start = exchange.start - (connect if self.config.count_connect else 0.0)
+        record.start_ms, record.start_ts = milliseconds(start - self.zero), iso_time(start + self.epoch)
+        over = exchange.over_at or exchange.arrived or clock()
+        record.end_ts = iso_time(over + self.epoch)
+        record.clock = "kernel" if exchange.kernel and exchange.arrived else "user"
+        record.lag_ms = milliseconds(exchange.lag)
+        self._fill_answer(record, exchange)
+        self._fill_times(record, exchange, start, due)
+        self._fill_output(record, exchange)
+        path = attempt.path
+        record.rtt_ms = None if path.rtt is None else milliseconds(path.rtt)
+        record.retransmits, record.out_of_order = path.retransmits, path.out_of_order
+
+    def _fill_answer(self, record: Record, exchange: Exchange) -> None:
+        reader = exchange.reader
+        if reader.head is not None:
+            record.http_status = reader.head.status
+            record.out_bytes = reader.body_bytes
+            record.compressed = reader.coding or None
+            if reader.head.status < 300 and not exchange.stream:
+                record.streamed = False
+        record.finish_reason = exchange.finish_reason
+        if record.status != "ok" and exchange.error_raw:
+            record.error_raw = exchange.error_raw.decode("utf-8", "replace")
+
+    def _fill_times(self, record: Record, exchange: Exchange, start: float, due: float) -> None:
+        if exchange.ttfb_at is not None:
+            record.ttfb_ms = milliseconds(exchange.ttfb_at - start)
+        if exchange.output_at is not None:
+            record.ttfe_ms = milliseconds(exchange.output_at - start)
+        first = exchange.content_at if exchange.content_at is not None else exchange.tool_at
+        if first is not None:
+            record.ttft_ms = milliseconds(first - start)
+            record.ttft_from_scheduled_ms = milliseconds(first - due)
+            record.first_content_ts = iso_time(first + self.epoch)
+            record.ttft_slack_ms = milliseconds(exchange.slack)
+        if record.status == "ok":
+            end: float = exchange.end_at  # type: ignore[assignment]
+            record.latency_ms = milliseconds(end - start)
+            record.latency_from_scheduled_ms = milliseconds(end - due)
+            if exchange.output_at is not None:
+                record.decode_ms = milliseconds(end - exchange.output_at)
+
+    def _fill_output(self, record: Record, exchange: Exchange) -> None:
+        if exchange.chunks:
+            record.chunks = exchange.chunks
+        if exchange.gaps:
+            record.itl_hist = exchange.gaps
+            record.itl_sum_ms = milliseconds(exchange.gap_sum)
+            record.itl_min_ms, record.itl_max_ms = milliseconds(exchange.gap_min), milliseconds(exchange.gap_max)
+        if exchange.chunk_times is not None:
+            record.chunk_ms = [milliseconds(moment - exchange.start) for moment in exchange.chunk_times]
+        if self.config.token_mode != "disabled":
+            record.out_chars = exchange.chars
+            record.reasoning_chars = exchange.reasoning_chars or None
+        if self.config.token_mode == "usage":
+            for key, value in exchange.usage.items():
+                setattr(record, key, value)
+            record.tpot_ms = tpot_ms(record)
+        if (
+            record.status == "ok"
+            and record.phase == "measure"
+            and not self._sampled
+            and exchange.first_content is not None
+        ):
+            self._sampled = True
+            record.first_content_raw = event_text(exchange.first_content)
+            record.final_frame_raw = event_text(exchange.final_event)
+
+    def _finish_record(self, record: Record) -> None:
+        """Masks secrets, keeps one raw sample for each kind of failure, and hands the record on."""
+        self._watch_authorization(record)
+        if record.error_raw is not None:
+            kind = (record.status, error_key(record.err or ""))
+            if kind in self._failures_seen:
+                record.error_raw = None
+            self._failures_seen.add(kind)
+        for name in ("err", "error_raw", "first_content_raw", "final_frame_raw"):
+            text = getattr(record, name)
+            if text is not None:
+                setattr(record, name, redact(text, self.secrets))
+        self._count(record)
+        self.sink(record.known())
+
+    def _watch_authorization(self, record: Record) -> None:
+        if record.status != "auth_error":
+            self._auth_failures = AUTH_FAILURES + 1 if record.status == "ok" else self._auth_failures
+        elif self._auth_failures <= AUTH_FAILURES and not self.stopping:
+            self._auth_failures += 1
+            if self._auth_failures == AUTH_FAILURES:
+                self.stop("auth: the endpoint refused the token %d times and accepted it never" % AUTH_FAILURES)
+
+    def _count(self, record: Record) -> None:
+        progress = self.progress
+        if record.phase != progress.phase:
+            return
+        progress.done += 1
+        progress.ok += record.status == "ok"
+        progress.failed += record.status != "ok" and record.status not in NOT_JUDGED
+        progress.tokens += record.out_tokens or 0
+        progress.chars += record.out_chars or 0
+        if record.ttft_ms is not None and record.status == "ok":
+            bucket = log_bucket(record.ttft_ms / 1000.0)
+            progress.ttft[bucket] = progress.ttft.get(bucket, 0) + 1
+
+
+class Watch:
+    """Ends an exchange when a time-out passes: one timer, which looks again when the deadline has moved."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._loop = asyncio.get_event_loop()
+        self._timer = self._loop.call_at(exchange.deadline()[0], self._look)
+        exchange.on_end = self._arm  # the end brings the deadline nearer; everything else only puts it off
+
+    def _arm(self) -> None:
+        self._timer.cancel()
+        self._timer = self._loop.call_at(self._exchange.deadline()[0], self._look)
+
+    def _look(self) -> None:
+        if self._exchange.status is not None:
+            return
+        deadline, which = self._exchange.deadline()
+        now = clock()
+        if now >= deadline:
+            self._exchange.expire(now, which)
+        else:
+            self._arm()
+
+    def stop(self) -> None:
+        """The exchange is over."""
+        self._timer.cancel()
+
+
+class Audit:
+    """What a part's process did during a stage: CPU, polls, the loop's longest delay."""
+
+    def __init__(self, began: float, poll: Poll) -> None:
+        self._began = began
+        self._poll = poll
+        self._cpu = time.process_time()
+        self._polls = poll.polls
+        poll.longest = 0.0
+
+    def finish(self, now: float, stage: int, part: int, started: int, lags: Mapping[int, int]) -> Dict[str, Any]:
+        """The audit line's content."""
+        wall = now - self._began
+        return {
+            "stage": stage,
+            "part": part,
+            "wall_ms": milliseconds(wall),
+            "cpu_percent": round(100.0 * (time.process_time() - self._cpu) / wall, 2) if wall > 0 else 0.0,
+            "polls": self._poll.polls - self._polls,
+            "loop_delay_max_ms": milliseconds(self._poll.longest),
+            "started": started,
+            "lag_hist": dict(lags),
+        }
+
+
+def tpot_ms(record: Record) -> Optional[float]:
+    """TPOT of a record as METRICS defines it; None where it can't be said."""
+    n = record.out_tokens
+    if n is None or record.decode_ms is None or record.status != "ok":
+        return None
+    if record.reasoning_tokens and not record.reasoning_chars:
+        n -= record.reasoning_tokens
+    return round(record.decode_ms / (n - 1), 6) if n >= 2 else None
+
+
+def iso_time(seconds: float) -> str:
+    """Seconds since 1970 as ISO 8601 UTC with microseconds."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
+    """Every text that must never be shown: the token, the URL's password, values of headers that carry keys."""
+    secrets = [config.token]
+    if endpoint.userinfo:
+        secrets += [endpoint.userinfo, endpoint.userinfo.split(":", 1)[1]]
+    for line in config.header:
+        name, _, value = line.partition(":")
+        if is_secret_name(name):
+            secrets.append(value.strip())
+    secrets += [value for name, value in parse_qsl(urlsplit(endpoint.url).query) if is_secret_name(name)]
+    return sorted((secret for secret in secrets if len(secret) > 3), key=len, reverse=True)
+# ==================================================================================================
+# 10. Report: a summary and its rows to one offline page
+# ==================================================================================================
+#
+# report.html is a function of the summary, the run's header and the measured requests in columns. Python writes the
+# whole page, every figure and table of it, in both languages; the script in it draws the charts and works the buttons,
+# so a reader whose mail program blocks scripts still sees what was measured.
+#
+# Three rules keep the page safe and small:
+# - Every string is escaped when it is filled in, unless it is Markup, and only a fragment of report.html makes Markup.
+#   What an endpoint sent can therefore appear as text and as nothing else.
+# - The page holds no records: bins, quantiles, buckets and samples are computed here, a few kilobytes a stage.
+# - A figure is taken from the summary and never computed a second time; a chart's marks are the tiles' figures.
+#
+# The page is made of tables: TILES, the PANELS of each section, STAGE_COLUMNS, CLIENT_CHECKS, NETWORK_ROWS. A panel
+# whose data isn't there returns None and is left out; an axis without data is never drawn.
+
+LANGUAGES = ("en", "zh")
+MARKED_PERCENTILES = ("p50", "p95", "p99")
+DASH = "–"
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+# Marks in a text: **bold** and `code` stand between control characters, which plain() takes out of every value.
+MARKS = (("**", "\x01", "bold"), ("`", "\x02", "code"))
+
+
+class Both(NamedTuple):
+    """One plain text in both languages of the page."""
+
+    en: str
+    zh: str
+
+
+class Markup(str):
+    """HTML made by a fragment; any other string is escaped when it is filled in."""
+
+
+Text = Union[str, Both]
+
+
+def plain(value: object) -> str:
+    """The value as text that HTML and UTF-8 can hold: no control characters, no lone surrogates."""
+    return UNPRINTABLE.sub("\ufffd", str(value))
+
+
+def both(text: Text) -> Both:
+    """A text that reads the same in both languages, as a pair."""
+    return text if isinstance(text, Both) else Both(plain(text), plain(text))
+
+
+def joined(parts: Iterable[str]) -> Markup:
+    """Fragments one after the other."""
+    return Markup("".join(parts))
+
+
+def joined_texts(separator: Text, texts: Iterable[Text]) -> Both:
+    """Texts as a list in words, in each language."""
+    pairs, between = [both(text) for text in texts], both(separator)
+    return Both(between.en.join(pair.en for pair in pairs), between.zh.join(pair.zh for pair in pairs))
+
+
+@dataclass(frozen=True)
+class Page:
+    """What turns texts and fragments into HTML: the fragments of report.html and the texts of both languages."""
+
+    fragments: Mapping[str, string.Template]
+    texts: Tuple[Mapping[str, str], Mapping[str, str]]
+
+    def said(self, key: str, **values: object) -> Both:
+        """The text of this key in both languages, its {names} replaced by the values."""
+        pairs = {name: both(value if isinstance(value, Both) else str(value)) for name, value in values.items()}
+        return Both(*(texts[key].format(**{name: pair[language] for name, pair in pairs.items()})
+                      for language, texts in enumerate(self.texts)))
+
+    def fill(self, fragment: str, **values: object) -> Markup:
+        """The fragment with the values in it, each escaped unless it is Markup."""
+        return Markup(self.fragments[fragment].substitute({name: self.html(value) for name, value in values.items()}))
+
+    def html(self, value: object) -> Markup:
+        """One value as HTML: a pair of texts becomes two spans, of which the style sheet shows one."""
+        if isinstance(value, Markup):
+            return value
+        if not isinstance(value, Both):
+            return Markup(html.escape(plain(value)))
+        if value.en == value.zh:
+            return self.emphasised(value.en)
+        return self.fill("both", en=self.emphasised(value.en), zh=self.emphasised(value.zh))
+
+    def emphasised(self, text: str) -> Markup:
+        """Escaped text with its marked parts in their fragments."""
+        text = html.escape(text)
+        for _, sign, fragment in MARKS:
+            pieces = text.split(sign)
+            text = "".join(self.fill(fragment, text=Markup(piece)) if odd % 2 else piece
+                           for odd, piece in enumerate(pieces))
+        return Markup(text)
+
+
+def asset_text(assets: Mapping[str, Union[bytes, str]], name: str) -> str:
+    """One asset as text."""
+    content = assets[name]
+    return content.decode("utf-8") if isinstance(content, bytes) else content
+
+
+def with_signs(text: str) -> str:
+    """One text with its marks as signs; a mark that isn't closed stays as it is."""
+    for mark, sign, _ in MARKS:
+        text = re.sub("%s(.+?)%s" % (re.escape(mark), re.escape(mark)), sign + r"\1" + sign, text)
+    return text
+
+
+def marked(texts: Mapping[str, str]) -> Dict[str, str]:
+    """Texts whose marks are replaced by signs that no value can contain."""
+    return {key: with_signs(text) for key, text in texts.items()}
+
+
+def read_page(assets: Mapping[str, Union[bytes, str]]) -> Page:
+    """The page's fragments and texts from the assets."""
+    pieces = re.split(r"<!-- fragment: (\w+) -->\n", asset_text(assets, "report.html"))
+    fragments = {name: string.Template(body.strip("\n")) for name, body in zip(pieces[1::2], pieces[2::2])}
+    texts = tuple(marked(json.loads(asset_text(assets, "texts/%s.json" % name))) for name in LANGUAGES)
+    return Page(fragments, (texts[0], texts[1]))
+
+
+# Numbers: three significant digits, thousands with a comma; a claim is never printed rounder than it is.
+
+
+def known(value: object) -> bool:
+    """Whether this is a number: neither absent nor NaN nor infinite."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def figure(value: Optional[float], digits: int = 3) -> str:
+    """Three significant digits, at most three decimals: 3.25, 15.6, 1,607, 0.104.
+
+    >>> figure(3247.6), figure(0.0704), figure(9.996), figure(None)
+    ('3,248', '0.070', '10.0', '–')
+    """
+    if not known(value):
+        return DASH
+    size = abs(float("%.*g" % (digits, value)))
+    if 0 < size < 0.0005:
+        return "<0.001"
+    decimals = digits - 1 - math.floor(math.log10(size)) if size else 0
+    return "{:,.{}f}".format(value, max(0, min(digits, decimals)))
+
+
+def count(value: float) -> str:
+    """A whole number with commas."""
+    return "{:,.0f}".format(value)
+
+
+def percent_number(share: float, extra: int = 0) -> str:
+    """A share as a percentage without its sign: 97.9, 99.85; 99.96 % never becomes 100 and 0.004 % never 0.
+
+    >>> percent_number(0.979), percent_number(0.9985), percent_number(0.99996), percent_number(1.0)
+    ('97.9', '99.85', '99.996', '100')
+    """
+    number = 100.0 * share
+    if number in (0.0, 100.0):
+        return "%d" % number
+    places = (1 if 1 <= number <= 99 else 2) + extra
+    while places < 9 and round(number, places) in (0.0, 100.0):
+        places += 1
+    return "%.*f" % (places, number)
+
+
+def percent(share: Optional[float], extra: int = 0) -> Both:
+    """A share with its sign: "97.9 %" in English, "97.9%" in Chinese."""
+    if not known(share):
+        return both(DASH)
+    number = percent_number(float(share), extra)  # type: ignore[arg-type]
+    return Both(number + "\u00a0%", number + "%")
+
+
+def measured(value: Optional[float], unit: Text) -> Both:
+    """A figure with its unit."""
+    pair = both(unit)
+    return Both(figure(value) + "\u00a0" + pair.en, figure(value) + "\u00a0" + pair.zh) if known(value) else both(DASH)
+
+
+class Scale(NamedTuple):
+    """The unit in which one metric of one stage is shown, the same in tile, chart and time line."""
+
+    divisor: float
+    unit: str
+
+    def said(self, value_ms: Optional[float]) -> str:
+        """A time in this unit, with it."""
+        return figure(value_ms / self.divisor) + "\u00a0" + self.unit if known(value_ms) else DASH
+
+
+MILLISECONDS, SECONDS = Scale(1.0, "ms"), Scale(1000.0, "s")
+
+
+def scale_of(statistic: Optional[Mapping]) -> Scale:
+    """Seconds for a metric whose P50 is two seconds or more, else milliseconds."""
+    return SECONDS if statistic and statistic.get("p50", 0) >= 2000 else MILLISECONDS
+
+
+def clock_text(milliseconds: float) -> str:
+    """A duration as minutes and seconds: 6:27."""
+    return "%d:%02d" % divmod(round(milliseconds / 1000.0), 60)
+
+
+# One stage, and what the gates say of it
+
+GATE_NAMES = {"success": "success_rate", "throughput": "output_tokens_per_s"}
+TIMES = frozenset(("ttft", "ttfe", "ttfb", "latency", "decode", "tpot", "itl", "queue", "connect",
+                   "ttft_from_scheduled", "latency_from_scheduled"))
+
+
+def gate_metric(gate: Mapping) -> str:
+    """The summary's name of the metric of a gate: ttft is ttft_ms, success is success_rate."""
+    name = str(gate.get("metric", ""))
+    if name in GATE_NAMES:
+        return GATE_NAMES[name]
+    return name + "_ms" if name in TIMES else name
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage as the report sees it: its summary, its requests and its gates."""
+
+    number: int
+    figures: Mapping
+    rows: "Rows"
+    gates: Sequence[Mapping]
+    judged: bool
+    samples: Mapping[str, Sequence[float]]
+
+    @property
+    def requests(self) -> Mapping:
+        """The summary's counts of requests."""
+        return self.figures.get("requests", {})
+
+    @property
+    def successes(self) -> int:
+        """How many requests succeeded."""
+        return self.requests.get("success", 0)
+
+    @property
+    def failed_gates(self) -> List[Mapping]:
+        """The gates that failed; none where they are not judged."""
+        return [gate for gate in self.gates if not gate.get("passed")] if self.judged else []
+
+    def statistic(self, metric: str) -> Mapping:
+        """The summary's figures of a metric; empty when it has none."""
+        found = self.figures.get(metric)
+        return found if isinstance(found, dict) and found.get("n") else {}
+
+    def failed(self, metric: str, stat: str) -> bool:
+        """Whether a gate on this figure failed."""
+        return any(gate_metric(gate) == metric and gate.get("stat", stat) == stat for gate in self.failed_gates)
+
+
+SAMPLED = ("ttft_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms")
+
+
+def successful(rows: "Rows", name: str) -> List[float]:
+    """The known values of one column over the successful requests."""
+    column = rows.columns.get(name)
+    return [value for status, value in zip(rows.status, column) if status == "ok" and value == value] if column else []
+
+
+def stage_view(number: int, figures: Mapping, rows: "Rows", gates: Sequence[Mapping], judged: bool) -> StageView:
+    """One stage, with the samples that several charts need sorted once."""
+    samples = {name: sorted(successful(rows, name)) for name in SAMPLED}
+    return StageView(number, figures, rows, gates, judged, samples)
+
+
+def stage_gates(summary: Mapping, figures: Mapping, stage: int) -> Sequence[Mapping]:
+    """The gates of one stage: its own list, or the run's entries that name it."""
+    return figures.get("slo") or [gate for gate in summary.get("slo", ()) if gate.get("stage") in (None, stage)]
+
+
+def stage_views(summary: Mapping, rows: Sequence["Rows"]) -> List[StageView]:
+    """The stages of a run; a gate belongs to the stage that it names."""
+    judged = summary.get("verdict", {}).get("state") != "INVALID"
+    return [stage_view(number, figures, stage_rows, stage_gates(summary, figures, stage_rows.stage), judged)
+            for number, (figures, stage_rows) in enumerate(zip(summary.get("stages") or [summary], rows))]
+
+
+def metric_label(page: Page, metric: str) -> Both:
+    """What the page calls a metric."""
+    key = "metric." + metric
+    return page.said(key) if key in page.texts[0] else both(METRICS[metric].label if metric in METRICS else metric)
+
+
+def gate_title(page: Page, gate: Mapping) -> Both:
+    """The name of a gate: TTFT P95, Success rate."""
+    metric = gate_metric(gate)
+    title = metric_label(page, metric)
+    stat = str(gate.get("stat") or "")
+    plain_metric = metric in ("success_rate", "output_tokens_per_s") or not stat
+    return title if plain_metric else joined_texts(" ", (title, stat.upper()))
+
+
+def gate_scale(gate: Mapping) -> float:
+    """What a success gate's numbers are divided by to be shares: the limit may have been kept as a percentage."""
+    return 100.0 if gate_metric(gate) == "success_rate" and gate["limit"] > 1 else 1.0
+
+
+def gate_number(page: Page, gate: Mapping, value: Optional[float], scale: Scale, extra: int = 0) -> Both:
+    """A gate's limit or measured value in the unit of its metric."""
+    metric = gate_metric(gate)
+    if not known(value):
+        return both(DASH)
+    if metric == "success_rate":
+        return percent(value / gate_scale(gate), extra)
+    if metric.endswith("_ms"):
+        return both(figure(value / scale.divisor, 3 + extra) + "\u00a0" + scale.unit)
+    unit = "unit.tokens_per_s" if "token" in metric or metric == "request_tps" else "unit.requests_per_s"
+    return joined_texts("\u00a0", (figure(value, 3 + extra), page.said(unit)))
+
+
+def gate_numbers(page: Page, stage: StageView, gate: Mapping) -> Tuple[Both, Both]:
+    """Limit and measured value, with as many digits as it takes to tell them apart."""
+    limit, value, scale = gate["limit"], gate.get("value"), scale_of(stage.statistic(gate_metric(gate)))
+    for extra in range(5):
+        texts = [gate_number(page, gate, number, scale, extra) for number in (limit, value)]
+        if texts[0] != texts[1] or limit == value:
+            break
+    return texts[0], texts[1]
+
+
+OPERATORS = {"<=": "≤", ">=": "≥", "<": "<", ">": ">", "==": "="}
+
+
+def required(gate: Mapping, limit: Both) -> Both:
+    """What a gate demands: ≤ 800 ms."""
+    return joined_texts("\u00a0", (OPERATORS.get(gate.get("op", "<="), str(gate.get("op"))), limit))
+
+
+def requirement(page: Page, gate: Mapping, scale: Scale) -> Both:
+    """A gate as one text: TTFT P95 ≤ 5.00 s."""
+    return joined_texts(" ", (gate_title(page, gate), required(gate, gate_number(page, gate, gate["limit"], scale))))
+
+
+def gate_margin(page: Page, gate: Mapping) -> Both:
+    """How far the measured value is on the right side of the limit: percent of the limit, for rates points."""
+    limit, value = gate["limit"], gate.get("value")
+    if not known(value):
+        return both(DASH)
+    distance = value - limit if gate.get("op", "<=").startswith(">") else limit - value
+    sign = "+" if distance >= 0 else "\u2212"
+    if gate_metric(gate) == "success_rate":
+        return page.said("unit.points", n="%s%.2f" % (sign, abs(100.0 * distance / gate_scale(gate))))
+    if not limit:
+        return both(DASH)
+    number = sign + "{:,.0f}".format(abs(100.0 * distance / limit))
+    return Both(number + "\u00a0%", number + "%")
+
+
+def bullet(page: Page, stage: StageView, gate: Mapping) -> Markup:
+    """Measured against the limit on a bar from 0; of a success rate the failed share, since 99.85 % can't be read."""
+    limit, value = gate["limit"], gate.get("value")
+    if not known(value):
+        return Markup("")
+    if gate_metric(gate) == "success_rate":
+        limit, value = 1 - limit / gate_scale(gate), 1 - value / gate_scale(gate)
+    full = max(1.5 * limit, 1.05 * value) or 1.0
+    kind = "failed" if stage.judged and not gate.get("passed") else ""
+    return page.fill("bullet", kind=kind, value="%.1f" % (100 * value / full), limit="%.1f" % (100 * limit / full))
+
+
+# Tables
+
+
+class Cell(NamedTuple):
+    """One cell of a table and how it looks."""
+
+    text: object
+    kind: str = ""
+    span: int = 1
+
+
+def heads(page: Page, *keys: str) -> List[List[Cell]]:
+    """One row of head cells: the first at the left, the others over figures."""
+    return [[Cell(page.said(key), "number" if index else "") for index, key in enumerate(keys)]]
+
+
+def table(page: Page, heads: Sequence[Sequence[Cell]], rows: Iterable[Tuple[str, Sequence[Cell]]],
+          kind: str = "") -> Markup:
+    """A table: rows of head cells, then rows of (look, cells), the first of which names its row."""
+    head = joined(page.fill("row", kind="", cells=joined(
+        page.fill("head", text=cell.text, kind=cell.kind, span=cell.span) for cell in cells)) for cells in heads)
+    body = joined(page.fill("row", kind=look, cells=joined(
+        page.fill("cell" if index else "row_head", text=cell.text, kind=cell.kind)
+        for index, cell in enumerate(cells))) for look, cells in rows)
+    return page.fill("table", kind=kind, head=head, rows=body)
+
+
+# The first screen: facts, verdict, the sentence, six figures, gates
+
+
+def level(load: Mapping[str, float]) -> str:
+    """The number of a load: how many streams, or how many requests a second."""
+    return "{:,g}".format(load.get("rps", load.get("concurrency", 1)))
+
+
+def load_text(page: Page, stage: StageView, concurrent: bool = False) -> Both:
+    """A stage's load in words: 16 streams, 4 req/s."""
+    load = stage.rows.load
+    if "rps" in load:
+        return page.said("rate", n=level(load))
+    key = "streams.concurrent" if concurrent else "streams"
+    return page.said(key + (".one" if load.get("concurrency", 1) == 1 else ""), n=level(load))
+
+
+def load_levels(page: Page, stages: Sequence[StageView], config: Mapping) -> Both:
+    """The kind of load and its levels."""
+    loads = [stage.rows.load for stage in stages]
+    is_open = any("rps" in load for load in loads)
+    levels = joined_texts(page.said("list.comma"), [level(load) for load in loads])
+    arrival = str(config.get("arrival", "poisson"))
+    if len(stages) > 1:
+        key = "load.open_stages" if is_open else "load.closed_stages"
+        return page.said(key, n=len(stages), levels=levels, arrival=arrival.capitalize())
+    if is_open:
+        return page.said("load.open", rate=levels, arrival=arrival.capitalize())
+    return page.said("load.closed", streams=load_text(page, stages[0]))
+
+
+def duration_text(page: Page, milliseconds: float) -> Both:
+    """A duration: 6:27 min, or 45.2 s below a minute."""
+    if milliseconds >= 60000:
+        return page.said("wall.minutes", n=clock_text(milliseconds))
+    return page.said("wall.seconds", n=figure(milliseconds / 1000.0))
+
+
+def load_fact(page: Page, stages: Sequence[StageView], config: Mapping) -> Both:
+    """The load of the whole run in words."""
+    text, totals = load_levels(page, stages, config), {len(stage.rows.status) for stage in stages}
+    duration = config.get("duration_s") or config.get("duration")
+    planned = config.get("total_requests") or (totals.pop() if len(totals) == 1 and not duration else None)
+    if planned:
+        key = "load.requests_each" if len(stages) > 1 else "load.requests"
+        text = page.said(key, load=text, n=count(planned))
+    if duration:
+        text = page.said("load.duration", load=text, duration=duration_text(page, duration * 1000))
+    if config.get("warmup"):
+        text = page.said("load.warmup", load=text, n=count(config["warmup"]))
+    if config.get("shard"):
+        text = page.said("load.shard", load=text, shard=config["shard"])
+    return text
+
+
+def read_iso_time(text: str) -> Optional[datetime.datetime]:
+    """A UTC time of results.jsonl; None when it can't be read."""
+    found = re.match(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)", text)
+    try:
+        return datetime.datetime(*map(int, found.groups())) if found else None
+    except ValueError:
+        return None
+
+
+def utc_offset(text: str) -> datetime.timedelta:
+    """+08:00 as a time span."""
+    found = re.match(r"([+-])(\d\d):?(\d\d)", text)
+    if not found:
+        return datetime.timedelta(0)
+    span = datetime.timedelta(hours=int(found.group(2)), minutes=int(found.group(3)))
+    return -span if found.group(1) == "-" else span
+
+
+def span_text(started: datetime.datetime, ended: datetime.datetime, zone: str) -> str:
+    """From – to, the date only once when it is the same."""
+    end_format = "%H:%M:%S" if started.date() == ended.date() else "%Y-%m-%d %H:%M:%S"
+    return "%s – %s %s" % (started.strftime("%Y-%m-%d %H:%M:%S"), ended.strftime(end_format), zone)
+
+
+def last_end(stages: Sequence[StageView]) -> float:
+    """The end of the last measured request, in ms from the run's zero."""
+    return max((end for stage in stages for end in stage.rows.columns.get("end_ms", ()) if end == end), default=0.0)
+
+
+def run_times(header: Mapping, stages: Sequence[StageView]) -> Tuple[str, str]:
+    """When the run was: local time with its offset, and the same in UTC."""
+    started = read_iso_time(str(header.get("started_at", "")))
+    if started is None:
+        return str(header.get("started_at", DASH)), ""
+    ended = started + datetime.timedelta(milliseconds=last_end(stages))
+    offset = str(header.get("utc_offset", "+00:00"))
+    zone = utc_offset(offset)
+    name = re.sub(r"^([+-])0?(\d+):?(00)?", r"\1\2", offset) if zone else ""
+    return span_text(started + zone, ended + zone, "UTC" + name), span_text(started, ended, "UTC")
+
+
+def facts(page: Page, header: Mapping, stages: Sequence[StageView]) -> Markup:
+    """Endpoint, when, from where, under which load."""
+    local, utc = run_times(header, stages)
+    details = ", ".join(str(part) for part in (
+        header.get("address"), " ".join(str(header[key]) for key in ("os", "arch") if header.get(key))) if part)
+    host = page.said("from", host=header.get("host", DASH), details=details) if details else header.get("host", DASH)
+    parts = re.split("(?<=/)(?=[^/])", str(header.get("url", DASH)))
+    url = joined(page.html(part) + page.fill("break") for part in parts)
+    table_of_facts = (("fact.endpoint", url, ""), ("fact.when", local, utc), ("fact.from", host, ""),
+                      ("fact.load", load_fact(page, stages, header.get("config", {})), ""))
+    return joined(page.fill("fact", name=page.said(key), value=value, hover=hover)
+                  for key, value, hover in table_of_facts)
+
+
+def reason_text(page: Page, reason: object) -> Text:
+    """A reason as the summary gives it: a text, one text a language, or the key of a text with its values."""
+    if not isinstance(reason, dict):
+        return str(reason)
+    if "en" in reason:
+        return Both(plain(reason["en"]), plain(reason.get("zh", reason["en"])))
+    key = "reason.%s" % reason.get("key")
+    return page.said(key, **reason.get("values", {})) if key in page.texts[0] else str(reason.get("key"))
+
+
+def verdict_band(page: Page, summary: Mapping) -> Markup:
+    """Can the measurement be trusted: shape, word, sentence and every reason."""
+    verdict = summary.get("verdict")
+    if not verdict:
+        return Markup("")
+    state = {"VALID": "valid", "INVALID": "invalid"}.get(verdict.get("state"), "caution")
+    items = joined(page.fill("item", text=reason_text(page, reason)) for reason in verdict.get("reasons", ()))
+    return page.fill("verdict", state=state, shape=page.fill("shape_" + state), word=page.said("verdict." + state),
+                     text=page.said("verdict.%s.text" % state), reasons=page.fill("list", items=items) if items else "")
+
+
+def cut_off_line(page: Page, stages: Sequence[StageView], end: Optional[Mapping]) -> Markup:
+    """The line that says that a run has no end line."""
+    if end is not None:
+        return Markup("")
+    total = sum(len(stage.rows.status) for stage in stages)
+    text = page.said("cut_off", at=duration_text(page, last_end(stages)), n=count(total))
+    return page.fill("note", kind="cut-off", text=text)
+
+
+def status_name(page: Page, status: str) -> Both:
+    """A status in words; one that the texts don't know as it is."""
+    key = "status." + status
+    return page.said(key) if key in page.texts[0] else both(status)
+
+
+def error_name(page: Page, error: Mapping) -> Both:
+    """The kind of a failure, and its own words where they add something."""
+    name, key = status_name(page, str(error.get("status", "other"))), str(error.get("key") or "")
+    code = re.search(r"\b[1-5]\d\d\b", key)
+    return Both("%s (%s)" % (name.en, code.group()), "%s（%s）" % (name.zh, code.group())) if code else name
+
+
+def sentence_of_none(page: Page, summary: Mapping) -> Both:
+    """Nothing succeeded: the commonest error, as text."""
+    failure = summary.get("requests", {}).get("failure", 0)
+    errors = sorted(summary.get("errors", ()), key=lambda error: -error.get("count", 0))
+    errors = [error for error in errors if error.get("status") not in NOT_JUDGED] or errors
+    if not errors:
+        return page.said("sentence.nothing")
+    return page.said("sentence.none", n=count(failure or summary["requests"].get("total", 0)),
+                     error=error_name(page, errors[0]))
+
+
+def which_passed(page: Page, stages: Sequence[StageView]) -> Both:
+    """The loads that passed every gate and those that didn't."""
+    lists = [joined_texts(page.said("list.comma"), [load_text(page, view) for view in stages
+                                                    if bool(view.failed_gates) == failed]) for failed in (False, True)]
+    return page.said("sentence.not_monotone", passed=lists[0], failed=lists[1])
+
+
+def token_rate(value: float) -> Both:
+    """A throughput in words."""
+    return Both(figure(value) + " tokens/s", figure(value) + " token/s")
+
+
+def quotable(statistic: Mapping, stat: str) -> bool:
+    """Whether a sentence may cite a percentile: it is there and n is large enough for it."""
+    return stat in statistic and stat.lower() not in [str(name).lower() for name in statistic.get("limited", ())]
+
+
+def what_holds(page: Page, stage: StageView) -> Both:
+    """What the endpoint does at the load that held."""
+    parts = []
+    total, first = stage.figures.get("throughput", {}).get("output_tokens_per_s"), stage.statistic("ttft_ms")
+    if known(total):
+        parts.append(page.said("sentence.where_tokens", total=token_rate(total)))
+    if quotable(first, "p50"):
+        parts.append(page.said("sentence.where_began", p50=scale_of(first).said(first["p50"])))
+    return page.said("sentence.where", parts=joined_texts(page.said("sentence.and"), parts)) if parts else both("")
+
+
+def next_fails(page: Page, stage: StageView) -> Both:
+    """Which gates fail at the next load."""
+    failures = [page.said("failed_gate", name=gate_title(page, gate), value=gate_numbers(page, stage, gate)[1])
+                for gate in stage.failed_gates]
+    return page.said("sentence.next", load=load_text(page, stage), k=len(failures), n=len(stage.gates),
+                     failures=joined_texts(page.said("list.comma"), failures))
+
+
+def sentence_of_sweep(page: Page, stages: Sequence[StageView], stage: StageView) -> Both:
+    """Up to which load every gate holds; where it isn't a question of "up to", which loads passed."""
+    passing = [not view.failed_gates for view in stages]
+    highest = passing.count(True)
+    if passing != [True] * highest + [False] * (len(stages) - highest):
+        return which_passed(page, stages)
+    if not highest:
+        return joined_texts("", (page.said("sentence.no_stage"), next_fails(page, stages[0])))
+    key = "sentence.up_to" if highest < len(stages) else "sentence.up_to_all"
+    text = page.said(key, load=load_text(page, stages[highest - 1], concurrent=True),
+                     where=what_holds(page, stages[highest - 1]))
+    return joined_texts("", (text, next_fails(page, stages[highest]))) if highest < len(stages) else text
+
+
+def finished(stage: StageView) -> int:
+    """Requests that succeeded or failed."""
+    return stage.requests.get("success", 0) + stage.requests.get("failure", 0)
+
+
+def sentence_of_few(page: Page, stage: StageView) -> Both:
+    """Fewer than twenty answers: their range, no percentiles."""
+    first, values = stage.statistic("ttft_ms"), {"k": count(stage.successes), "n": count(finished(stage))}
+    if not first:
+        return page.said("sentence.few_silent", **values)
+    scale = scale_of(first)
+    return page.said("sentence.few", min=scale.said(first["min"]), max=scale.said(first["max"]), **values)
+
+
+def at_load(page: Page, stage: StageView) -> Both:
+    """The opening of a sentence: With 16 concurrent streams."""
+    key = "sentence.at_rate" if "rps" in stage.rows.load else "sentence.at_streams"
+    return page.said(key, load=load_text(page, stage, concurrent=True))
+
+
+def failure_span(page: Page, stage: StageView) -> Both:
+    """When the failures were, if four in five lie in under half the wall time."""
+    ends = sorted(end for status, end in zip(stage.rows.status, stage.rows.columns.get("end_ms", ()))
+                  if status != "ok" and status not in NOT_JUDGED and end == end)
+    window = math.ceil(0.8 * len(ends))
+    if window < 2:
+        return both("")
+    first = min(range(len(ends) - window + 1), key=lambda index: ends[index + window - 1] - ends[index])
+    begin, end = ends[first], ends[first + window - 1]
+    if end - begin >= 0.5 * stage.figures.get("wall_time_ms", 0):
+        return both("")
+    return page.said("sentence.failed_span", from_time=clock_text(begin), to_time=clock_text(end))
+
+
+def began(page: Page, stage: StageView, prefix: str = "") -> Both:
+    """How soon the answers began; where nothing was streamed, how soon they were complete."""
+    first = stage.statistic("ttft_ms")
+    statistic = first or stage.statistic("latency_ms")
+    key = prefix or ("sentence.began" if first else "sentence.took")
+    scale = scale_of(statistic)
+    values = {stat: scale.said(statistic.get(stat)) for stat in ("p50", "p95")}
+    if prefix and not first:
+        return page.said("sentence.rest_none", n=count(stage.successes))
+    key += "_p95" if quotable(statistic, "p95") else ""
+    return page.said(key, at=at_load(page, stage), **values)
+
+
+def sentence_of_failures(page: Page, stage: StageView) -> Both:
+    """More than one request in twenty failed."""
+    errors = sorted(stage.figures.get("errors", ()), key=lambda error: -error.get("count", 0))
+    errors = [error for error in errors if error.get("status") not in NOT_JUDGED] or errors
+    status = error_name(page, errors[0]) if errors else page.said("status.other")
+    share = 1.0 - stage.requests["success_rate"]
+    opening = page.said("sentence.failed", at=at_load(page, stage), x=percent(share), status=status,
+                        span=failure_span(page, stage))
+    return joined_texts("", (opening, began(page, stage, "sentence.rest")))
+
+
+def gates_passed(page: Page, stage: StageView) -> List[Both]:
+    """How many of the gates passed."""
+    if not stage.gates:
+        return []
+    passed = len(stage.gates) - len(stage.failed_gates)
+    key = "sentence.gates_some" if stage.failed_gates else "sentence.gates" if passed > 1 else "sentence.gate"
+    return [page.said(key, k=passed, n=len(stage.gates))]
+
+
+def wrote(page: Page, stage: StageView) -> List[Both]:
+    """How much the endpoint wrote, where tokens are known."""
+    total = stage.figures.get("throughput", {}).get("output_tokens_per_s")
+    if not known(total):
+        return []
+    each = stage.statistic("request_tps").get("p50")
+    key = "sentence.wrote_each" if known(each) else "sentence.wrote"
+    return [page.said(key, total=token_rate(total), each=figure(each))]
+
+
+def sentence(page: Page, summary: Mapping, stages: Sequence[StageView], stage: StageView) -> Both:
+    """The run in one sentence; it claims nothing that isn't a figure of the summary."""
+    total = sum(view.successes for view in stages)
+    if summary.get("verdict", {}).get("state") == "INVALID":
+        return page.said("sentence.invalid")
+    if not total:
+        return sentence_of_none(page, summary)
+    if len(stages) > 1 and stage.gates:
+        return sentence_of_sweep(page, stages, stage)
+    if stage.successes < 20:
+        return sentence_of_few(page, stage)
+    if stage.requests.get("success_rate", 1.0) < 0.95:
+        return sentence_of_failures(page, stage)
+    return joined_texts("", [began(page, stage)] + wrote(page, stage) + gates_passed(page, stage))
+
+
+class Pair(NamedTuple):
+    """One line under a big figure."""
+
+    name: object
+    value: Text
+    kind: str = ""
+    hover: str = ""
+
+
+class Tile(NamedTuple):
+    """One of the six figures."""
+
+    title: str
+    metric: str
+    value: Text
+    unit: Text
+    stat: Text
+    kind: str
+    pairs: List[Pair]
+
+
+def stat_name(page: Page, statistic: Mapping, stat: str) -> Markup:
+    """P99, with a dagger where n is too small for it."""
+    limited = statistic and not quotable(statistic, stat)
+    return joined((page.html(stat.upper()), page.fill("limited") if limited else ""))
+
+
+def due_pairs(page: Page, stage: StageView, metric: str) -> List[Pair]:
+    """In an open loop: the same time counted from when the request was due."""
+    name = metric.replace("_ms", "_from_scheduled_ms")
+    statistic = stage.statistic(name)
+    if "rps" not in stage.rows.load or not statistic:
+        return []
+    scale = scale_of(statistic)
+    return [Pair(page.said("pair.due_" + stat), scale.said(statistic.get(stat)),
+                 "bad" if stage.failed(name, stat) else "") for stat in ("p50", "p95")]
+
+
+def first_output_pair(page: Page, stage: StageView, metric: str) -> List[Pair]:
+    """A model that thinks first: when its first output came."""
+    first, text = stage.statistic("ttfe_ms"), stage.statistic("ttft_ms")
+    if metric != "ttft_ms" or not first or first.get("p50") == text.get("p50"):
+        return []
+    return [Pair(page.said("pair.first_output"), scale_of(first).said(first["p50"]))]
+
+
+def time_tile(page: Page, stage: StageView, title: str, metric: str) -> Tile:
+    """P50 of a time, with P95, P99 and n under it."""
+    statistic, scale = stage.statistic(metric), scale_of(stage.statistic(metric))
+    pairs = [Pair(stat_name(page, statistic, stat), scale.said(statistic.get(stat)),
+                  "bad" if stage.failed(metric, stat) else "") for stat in ("p95", "p99")]
+    pairs += due_pairs(page, stage, metric) + first_output_pair(page, stage, metric)
+    pairs.append(Pair(page.said("pair.n"), count(statistic.get("n", 0)), "minor"))
+    value = figure(statistic["p50"] / scale.divisor) if statistic else DASH
+    return Tile(title, metric, value, scale.unit if statistic else "", stat_name(page, statistic, "p50") if statistic
+                else "", "bad" if stage.failed(metric, "p50") else "", pairs)
+
+
+def success_tile(page: Page, stage: StageView) -> Tile:
+    """The success rate and what it is made of."""
+    requests = stage.requests
+    lost = "%s, %s" % (count(requests.get("cancelled", 0)), count(requests.get("dropped", 0)))
+    share = requests.get("success_rate")
+    pairs = [Pair(page.said("pair.succeeded"), count(stage.successes)),
+             Pair(page.said("pair.failed"), count(requests.get("failure", 0))),
+             Pair(page.said("pair.cancelled"), lost, "minor")]
+    bad = any(gate_metric(gate) == "success_rate" for gate in stage.failed_gates)
+    return Tile("tile.success", "success_rate", percent_number(share) if known(share) else DASH,
+                page.said("unit.percent") if known(share) else "", "", "bad" if bad else "", pairs)
+
+
+def ttft_tile(page: Page, stage: StageView) -> Tile:
+    """Time to the first visible text."""
+    return time_tile(page, stage, "tile.ttft", "ttft_ms")
+
+
+def latency_tile(page: Page, stage: StageView) -> Tile:
+    """Time to the end of the answer."""
+    return time_tile(page, stage, "tile.latency", "latency_ms")
+
+
+def tpot_tile(page: Page, stage: StageView) -> Tile:
+    """Time per token; where tokens are unknown, the gap between chunks."""
+    if stage.statistic("tpot_ms") or not stage.statistic("itl_ms"):
+        return time_tile(page, stage, "tile.tpot", "tpot_ms")
+    return time_tile(page, stage, "tile.itl", "itl_ms")
+
+
+def throughput_tile(page: Page, stage: StageView) -> Tile:
+    """Tokens per second in all; characters where tokens aren't counted."""
+    throughput, tokens = stage.figures.get("throughput", {}), stage.figures.get("tokens", {})
+    total, characters = throughput.get("output_tokens_per_s"), throughput.get("output_chars_per_s")
+    if not known(total) and known(characters):
+        unit = page.said("unit.chars_per_s")
+        return Tile("tile.throughput", "output_chars_per_s", figure(characters), unit, "", "", [])
+    unit = page.said("unit.tokens_per_s")
+    steady = measured(throughput.get("steady_output_tokens_per_s"), unit)
+    pairs = [Pair(page.said("pair.steady"), steady, "", plain(throughput.get("steady_absent_reason", ""))),
+             Pair(page.said("pair.each"), measured(stage.statistic("request_tps").get("p50"), unit)),
+             Pair(page.said("pair.tokens"), count(tokens["out"]) if known(tokens.get("out")) else DASH, "minor")]
+    bad = any(gate_metric(gate) in ("output_tokens_per_s", "steady_output_tokens_per_s") for gate in stage.failed_gates)
+    return Tile("tile.throughput", "output_tokens_per_s", figure(total), unit if known(total) else "", "",
+                "bad" if bad else "", pairs)
+
+
+def requests_tile(page: Page, stage: StageView) -> Tile:
+    """Requests per second, and how many of them met every limit."""
+    throughput, unit = stage.figures.get("throughput", {}), page.said("unit.requests_per_s")
+    pairs = []
+    if known(throughput.get("goodput_rps")):
+        pairs = [Pair(page.said("pair.goodput"), measured(throughput["goodput_rps"], unit)),
+                 Pair(page.said("pair.share"), percent(throughput.get("goodput_share")))]
+    wall = stage.figures.get("wall_time_ms")
+    pairs.append(Pair(page.said("pair.wall"), duration_text(page, wall) if known(wall) else DASH, "minor"))
+    return Tile("tile.requests", "rps", figure(throughput.get("rps")), unit if known(throughput.get("rps")) else "", "",
+                "bad" if any(gate_metric(gate) == "rps" for gate in stage.failed_gates) else "", pairs)
+
+
+TILES = (success_tile, ttft_tile, latency_tile, tpot_tile, throughput_tile, requests_tile)
+
+
+def definition(page: Page, metric: str) -> Optional[Both]:
+    """What a metric means, in both languages."""
+    if metric not in METRICS:
+        return None
+    english = METRICS[metric].definition
+    return Both(with_signs(plain(english)), page.texts[1].get("definition." + metric, with_signs(plain(english))))
+
+
+def term(page: Page, metric: str, label: Both, name: str) -> Markup:
+    """A label that shows its definition when it is pointed at."""
+    text = definition(page, metric)
+    return page.fill("term", text=label, definition=text, id=name) if text else page.html(label)
+
+
+def tile_markup(page: Page, stage: StageView, tile: Tile) -> Markup:
+    """One figure as HTML."""
+    label = term(page, tile.metric, page.said(tile.title), "tip-%s-%d" % (tile.metric, stage.number))
+    pairs = joined(page.fill("pair", name=pair.name, value=pair.value, kind=pair.kind, hover=pair.hover)
+                   for pair in tile.pairs)
+    return page.fill("tile", label=label, value=tile.value, unit=tile.unit, stat=tile.stat, kind=tile.kind, pairs=pairs)
+
+
+def tiles(page: Page, stage: StageView) -> Markup:
+    """The six figures, and the footnote when one of them is of limited meaning."""
+    made = [build(page, stage) for build in TILES]
+    row = page.fill("tiles", tiles=joined(tile_markup(page, stage, tile) for tile in made))
+    dagger = any(statistic and not all(quotable(statistic, stat) for stat in MARKED_PERCENTILES) for statistic in (
+        stage.statistic(tile.metric) for tile in made))
+    note = page.said("limited", n=count(stage.successes))
+    return joined((row, page.fill("note", kind="", text=note) if dagger else ""))
+
+
+def gate_row(page: Page, stage: StageView, gate: Mapping) -> Tuple[str, List[Cell]]:
+    """Name, required, measured, margin, bar, result."""
+    limit, value = gate_numbers(page, stage, gate)
+    state = "" if not stage.judged else "passed" if gate.get("passed") else "failed"
+    mark = {"passed": "✓ ", "failed": "✕ ", "": ""}[state]
+    result = page.said("gate." + state) if state else DASH
+    return state, [Cell(joined_texts("", (mark, gate_title(page, gate))), "mark"),
+                   Cell(required(gate, limit), "number"), Cell(value, "number value"),
+                   Cell(gate_margin(page, gate), "number margin"), Cell(bullet(page, stage, gate), "against"),
+                   Cell(result, "number result value")]
+
+
+def gates_block(page: Page, stage: StageView) -> Markup:
+    """The gates of a run of one stage."""
+    if not stage.gates:
+        text = page.said("gates.none", flag="--slo 'ttft.p95<=800ms'")
+        return page.fill("subsection", title=page.said("gates"), said="", kind="", content=page.fill(
+            "note", kind="", text=text))
+    passed = len(stage.gates) - len(stage.failed_gates)
+    said = page.said("gates.passed", k=passed, n=len(stage.gates)) if stage.judged else page.said("gates.not_judged")
+    kind = "" if not stage.judged else "failed" if stage.failed_gates else "passed"
+    head = [[Cell(page.said("gate.name")), Cell(page.said("gate.required"), "number"),
+             Cell(page.said("gate.measured"), "number"), Cell(page.said("gate.margin"), "number margin"),
+             Cell(page.said("gate.against"), "number against"), Cell(page.said("gate.result"), "number result")]]
+    content = table(page, head, (gate_row(page, stage, gate) for gate in stage.gates), "gates")
+    return page.fill("subsection", title=page.said("gates"), said=said, kind=kind, content=content)
+
+
+class StageColumn(NamedTuple):
+    """One figure a stage: the metric and statistic a gate would name, or a path into the summary."""
+
+    metric: str
+    stat: str
+    group: str
+    title: str
+
+
+STAGE_COLUMNS = tuple(
+    [StageColumn(metric, stat, group, "column." + stat) for metric, group, stats in (
+        ("ttft_ms", "stage.ttft", MARKED_PERCENTILES), ("latency_ms", "stage.latency", MARKED_PERCENTILES),
+        ("tpot_ms", "stage.tpot", MARKED_PERCENTILES[:2])) for stat in stats]
+    + [StageColumn("request_tps", "p50", "stage.tokens", "stage.each"),
+       StageColumn("output_tokens_per_s", "", "stage.tokens", "stage.all"),
+       StageColumn("rps", "", "", "stage.requests")])
+
+
+def stage_head(page: Page, stages: Sequence[StageView], columns: Sequence[StageColumn],
+               scales: Mapping[str, Scale]) -> List[List[Cell]]:
+    """The head of the stage table in two rows: groups with their unit, then the columns."""
+    groups = [Cell("", span=3 if any(stage.gates for stage in stages) else 2)]
+    for group, members in itertools.groupby(columns, key=lambda column: column.group):
+        inside = list(members)
+        title = page.said(group, unit=scales[inside[0].metric].unit) if group else ""
+        groups.append(Cell(title, "group" if group else "", len(inside)))
+    load = page.said("stage.rate" if "rps" in stages[0].rows.load else "stage.streams")
+    gates = [Cell(page.said("stage.gates"))] if any(stage.gates for stage in stages) else []
+    titles = [Cell(load)] + gates + [Cell(page.said("stage.success"), "number")]
+    for column in columns:
+        limited = any(stage.statistic(column.metric) and column.stat and not quotable(
+            stage.statistic(column.metric), column.stat) for stage in stages)
+        dagger = page.fill("limited") if limited else ""
+        titles.append(Cell(joined((page.html(page.said(column.title)), dagger)), "number"))
+    return [groups, titles]
+
+
+def stage_scale(stages: Sequence[StageView], metric: str) -> Scale:
+    """The unit of a column: seconds if any stage shows this metric in seconds."""
+    if not metric.endswith("_ms"):
+        return MILLISECONDS
+    return SECONDS if any(scale_of(stage.statistic(metric)) is SECONDS for stage in stages) else MILLISECONDS
+
+
+def stage_value(stage: StageView, column: StageColumn) -> Optional[float]:
+    """The figure of a stage that a column shows."""
+    if column.stat:
+        return stage.statistic(column.metric).get(column.stat)
+    return stage.figures.get("throughput", {}).get(column.metric)
+
+
+def stage_row(page: Page, stage: StageView, columns: Sequence[StageColumn], scales: Mapping[str, Scale]) -> List[Cell]:
+    """The figures of one stage."""
+    cells = [Cell(level(stage.rows.load))]
+    if stage.gates:
+        state = "" if not stage.judged else "failed" if stage.failed_gates else "passed"
+        mark = {"passed": "✓ ", "failed": "✕ ", "": ""}[state]
+        cells.append(Cell(joined_texts("", (mark, page.said("gate." + state) if state else DASH)), state + " mark"))
+    bad = any(gate_metric(gate) == "success_rate" for gate in stage.failed_gates)
+    cells.append(Cell(percent(stage.requests.get("success_rate")), "number failed" if bad else "number"))
+    for column in columns:
+        value = stage_value(stage, column)
+        text = figure(value / scales[column.metric].divisor) if known(value) else DASH
+        cells.append(Cell(text, "number failed" if stage.failed(column.metric, column.stat) else "number"))
+    return cells
+
+
+def stage_table(page: Page, stages: Sequence[StageView], shown: StageView) -> Markup:
+    """One line a stage, one unit a column, failing cells marked, the shown stage highlighted."""
+    columns = [column for column in STAGE_COLUMNS if any(known(stage_value(stage, column)) for stage in stages)]
+    scales = {column.metric: stage_scale(stages, column.metric) for column in columns}
+    head = stage_head(page, stages, columns, scales)
+    rows = (("chosen" if stage is shown else "", stage_row(page, stage, columns, scales)) for stage in stages)
+    gated = any(stage.gates for stage in stages)
+    said = joined_texts(" · ", (requirement(page, gate, stage_scale(stages, gate_metric(gate)))
+                                for gate in shown.gates))
+    limited = any(stage.statistic(column.metric).get("limited") for stage in stages for column in columns)
+    note = page.fill("note", kind="", text=page.said("limited.stages" if limited else "highlighted"))
+    return page.fill("subsection", title=page.said("gates.stages" if gated else "stages"), said=said if gated else "",
+                     kind="", content=joined((table(page, head, rows, "stages"), note)))
+
+
+def throughput_rank(stage: StageView) -> Tuple[float, float]:
+    """What the best stage has most of: steady tokens, or tokens, or else requests per second."""
+    throughput = stage.figures.get("throughput", {})
+    tokens = throughput.get("steady_output_tokens_per_s", throughput.get("output_tokens_per_s", 0))
+    return tokens if known(tokens) else 0.0, throughput.get("rps", 0.0)
+
+
+def choose_stage(stages: Sequence[StageView]) -> Tuple[StageView, str]:
+    """The stage that the page opens with, and why: the highest load that passed every gate."""
+    if not any(stage.gates for stage in stages):
+        return max(stages, key=throughput_rank), "chosen.throughput"
+    passed = [stage for stage in stages if not stage.failed_gates]
+    return (passed[-1], "chosen.passed") if passed else (stages[0], "chosen.none")
+
+
+# Charts: what each one draws, computed here so that the page needs no records
+
+
+class Chart(NamedTuple):
+    """What a panel draws: the specification for the script, and the words around it."""
+
+    spec: Mapping
+    finding: Both
+    sub: Text = ""
+    note: Text = ""
+    key: Tuple[str, ...] = ()
+
+
+def rounded_to(value: float, digits: int = 5) -> Optional[float]:
+    """A number short enough for the page; None for one that JSON can't hold."""
+    return float("%.*g" % (digits, value)) if math.isfinite(value) else None
+
+
+def interpolated(ordered: Sequence[float], share: float) -> float:
+    """The quantile of sorted values by linear interpolation, as statistics.quantiles(method="inclusive") has it."""
+    place = share * (len(ordered) - 1)
+    low = min(int(place), len(ordered) - 1)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+ROUND_STEPS = (1.0, 2.0, 2.5, 5.0)
+
+
+def round_step(width: float) -> float:
+    """The largest 1, 2, 2.5 or 5 times a power of ten that is not above this width."""
+    power = 10.0 ** math.floor(math.log10(width))
+    return max((step * power for step in ROUND_STEPS if step * power <= width * (1 + 1e-9)), default=power)
+
+
+def edge_count(low: float, high: float, step: float) -> int:
+    """How many bins of this width cover the values."""
+    return max(1, math.ceil(high / step) - math.floor(low / step))
+
+
+def linear_edges(low: float, high: float, width: float) -> List[float]:
+    """Bin edges on round values: the width brought down to a round one, 12 bins at least and 60 at most."""
+    if high <= low:
+        return [math.floor(low), math.floor(low) + 1.0]
+    span = high - low
+    step = round_step(min(width, span) if width > 0 else span / 30)
+    while edge_count(low, high, step) < 12:
+        step = round_step(step * 0.99)
+    while edge_count(low, high, step) > 60:
+        step = min(factor * 10.0 ** power for factor in ROUND_STEPS for power in range(
+            math.floor(math.log10(step)), math.floor(math.log10(step)) + 2) if factor * 10.0 ** power > step * 1.001)
+    first = math.floor(low / step)
+    return [(first + index) * step for index in range(edge_count(low, high, step) + 1)]
+
+
+def log_edges(low: float, high: float, per_decade: int) -> List[float]:
+    """Bin edges at equal ratios, so many a decade."""
+    first, last = math.floor(math.log10(low) * per_decade), math.ceil(math.log10(high) * per_decade)
+    return [10.0 ** (index / per_decade) for index in range(first, max(last, first + 1) + 1)]
+
+
+def is_logarithmic(low: float, middle: float, high: float) -> bool:
+    """The log rule: the largest is more than six times the median."""
+    return low > 0 and middle > 0 and high / middle > 6
+
+
+def binned(edges: Sequence[float], below: Callable[[float], float], total: int) -> List[int]:
+    """Counts between the edges from the number of values below each; every value is in one bin."""
+    inner = [min(total, max(0, round(below(edge)))) for edge in edges[1:-1]]
+    bounds = [0] + inner + [total]
+    return [after - before for before, after in zip(bounds, bounds[1:])]
+
+
+def histogram_spec(edges: Sequence[float], counts: Sequence[int], logarithmic: bool, scale: Scale) -> Dict:
+    """The part of a histogram's specification that all of them share; empty bins at either end are left out."""
+    filled = [index for index, number in enumerate(counts) if number]
+    first, last = filled[0], filled[-1] + 1
+    return {"kind": "histogram", "log": logarithmic, "divisor": scale.divisor, "unit": scale.unit,
+            "edges": [rounded_to(edge, 7) for edge in edges[first:last + 1]], "counts": list(counts[first:last])}
+
+
+def marks_of(statistic: Mapping, scale: Scale, names: Sequence[str] = MARKED_PERCENTILES) -> List[Dict]:
+    """The percentiles of the summary as marks of a chart, with their labels."""
+    return [{"name": name, "value": statistic[name], "text": "%s %s%s" % (
+        name.upper(), scale.said(statistic[name]), "" if quotable(statistic, name) else " †")}
+        for name in names if known(statistic.get(name))]
+
+
+def figures_text(statistic: Mapping, scale: Scale) -> str:
+    """P50, P95 and P99 in words."""
+    return ", ".join(mark["text"] for mark in marks_of(statistic, scale))
+
+
+def time_histogram(page: Page, stage: StageView, metric: str, title: str) -> Optional[Chart]:
+    """The distribution of a time; fewer than thirty values are shown one by one."""
+    ordered, statistic = stage.samples[metric], stage.statistic(metric)
+    if not ordered or not statistic:
+        return None
+    scale, total = scale_of(statistic), len(ordered)
+    low, high = ordered[0], ordered[-1]
+    logarithmic = is_logarithmic(low, statistic["p50"], high)
+    if total < 30:
+        spec = {"kind": "strip", "log": logarithmic, "divisor": scale.divisor, "unit": scale.unit,
+                "values": [rounded_to(value) for value in ordered]}
+    else:
+        width = 2 * (interpolated(ordered, 0.75) - interpolated(ordered, 0.25)) / total ** (1 / 3)
+        edges = log_edges(low, high, 40 if total > 5000 else 20) if logarithmic else linear_edges(low, high, width)
+        counts = binned(edges, lambda edge: bisect.bisect_left(ordered, edge), total)
+        spec = histogram_spec(edges, counts, logarithmic, scale)
+    axis = page.said("axis." + title, unit=scale.unit)
+    spec.update(marks=marks_of(statistic, scale, MARKED_PERCENTILES if total >= 30 else MARKED_PERCENTILES[:1]),
+                x=page.said("axis.log", name=axis) if logarithmic else axis, y=page.said("axis.requests"))
+    finding = page.said("finding.times", name=metric_label(page, metric), n=count(total),
+                        figures=figures_text(statistic, scale))
+    return Chart(spec, finding, page.said("panel.n", n=count(total)))
+
+
+def ttft_histogram(page: Page, stage: StageView) -> Optional[Chart]:
+    """The distribution of TTFT."""
+    return time_histogram(page, stage, "ttft_ms", "ttft")
+
+
+def latency_histogram(page: Page, stage: StageView) -> Optional[Chart]:
+    """The distribution of the latency."""
+    return time_histogram(page, stage, "latency_ms", "latency")
+
+
+CURVE_SHARES = tuple([index / 120 for index in range(109)] + [0.9 + index / 800 for index in range(1, 81)])
+CURVES = (("ttft_ms", "curve.ttft", "b", False), ("latency_ms", "curve.latency", "a", False),
+          ("ttft_from_scheduled_ms", "curve.ttft_due", "b", True),
+          ("latency_from_scheduled_ms", "curve.latency_due", "a", True))
+
+
+def curve_points(ordered: Sequence[float]) -> List[Optional[float]]:
+    """Time and share, one after the other, at fewer than two hundred quantiles, denser at the slow end."""
+    shares = CURVE_SHARES if len(ordered) > len(CURVE_SHARES) else [
+        index / (len(ordered) - 1) for index in range(len(ordered))]
+    return [number for share in shares for number in (rounded_to(interpolated(ordered, share)), rounded_to(share, 4))]
+
+
+def answered_curves(page: Page, stage: StageView) -> Optional[Chart]:
+    """The share of requests answered within a time; in an open loop also counted from when they were due."""
+    chosen = [curve for curve in CURVES if len(stage.samples[curve[0]]) >= 5 and stage.samples[curve[0]][0] > 0
+              and stage.statistic(curve[0]) and ("rps" in stage.rows.load or not curve[3])]
+    if not chosen:
+        return None
+    series = [{"name": page.said(label), "colour": colour, "dashed": dashed,
+               "points": curve_points(stage.samples[metric]),
+               "marks": [[stage.statistic(metric)[stat], int(stat[1:]) / 100] for stat in MARKED_PERCENTILES
+                         if known(stage.statistic(metric).get(stat))]} for metric, label, colour, dashed in chosen]
+    words = "; ".join("%s %s" % (metric[:-3], figures_text(stage.statistic(metric), scale_of(stage.statistic(metric))))
+                      for metric, _, _, _ in chosen)
+    spec = {"kind": "curves", "series": series, "x": page.said("axis.time")}
+    return Chart(spec, page.said("finding.answered", figures=words), page.said("panel.answered.sub"))
+
+
+GAP_RATIO = math.log(1.01)
+
+
+def gap_edge(bucket: int) -> float:
+    """The lower edge of a bucket of itl_hist in ms; bucket 0 holds everything below a microsecond."""
+    return 0.001 * math.exp((bucket - 1) * GAP_RATIO) if bucket else 0.0
+
+
+def gaps_below(buckets: Sequence[Tuple[int, int]]) -> Callable[[float], float]:
+    """How many gaps are shorter than a time; within a bucket they count as evenly spread."""
+    lows = [gap_edge(bucket) for bucket, _ in buckets]
+    before = [0] + list(itertools.accumulate(number for _, number in buckets))
+
+    def below(edge: float) -> float:
+        index = bisect.bisect_right(lows, edge) - 1
+        if index < 0:
+            return 0.0
+        low, high = lows[index], gap_edge(buckets[index][0] + 1)
+        return before[index] + min(1.0, (edge - low) / (high - low)) * buckets[index][1]
+
+    return below
+
+
+def gaps_histogram(page: Page, stage: StageView) -> Optional[Chart]:
+    """The distribution of the gaps between chunks, from the merged histograms of the requests."""
+    buckets, statistic = sorted(stage.rows.itl_hist.items()), stage.statistic("itl_ms")
+    total = sum(number for _, number in buckets)
+    if not total or not statistic:
+        return None
+    scale, low, high = scale_of(statistic), gap_edge(buckets[0][0]), gap_edge(buckets[-1][0] + 1)
+    floor = max(low, statistic["p50"] / 100, 0.001)
+    logarithmic = is_logarithmic(floor, statistic["p50"], high) or low < floor
+    if logarithmic:
+        edges = log_edges(floor, high, 40 if total > 5000 else 20)
+    else:
+        width = 2 * (statistic["p90"] - statistic["p50"]) / total ** (1 / 3)
+        edges = linear_edges(low, high, width)
+    spec = histogram_spec(edges, binned(edges, gaps_below(buckets), total), logarithmic, scale)
+    axis = page.said("axis.gap", unit=scale.unit)
+    spec.update(marks=marks_of(statistic, scale), x=page.said("axis.log", name=axis) if logarithmic else axis,
+                y=page.said("axis.gaps"))
+    first = page.said("panel.gaps.first", edge=scale.said(edges[1])) if low < edges[0] else both("")
+    return Chart(spec, page.said("finding.gaps", n=count(total), figures=figures_text(statistic, scale)),
+                 page.said("panel.gaps.sub", n=count(total)), joined_texts("", (page.said("panel.gaps.note"), first)))
+
+
+# Where the time goes
+
+PHASES = ("queue", "connect", "head", "first", "think", "answer")
+
+
+def phases_of(stage: StageView) -> List[Tuple[float, List[float]]]:
+    """Of each successful request its latency and the milliseconds of its six phases, fastest first."""
+    names = ("queue_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms", "latency_ms")
+    absent = itertools.repeat(math.nan)
+    columns = [stage.rows.columns.get(name, absent) for name in names]
+    found = []
+    for status, queue, connect, head, first, text, latency in zip(stage.rows.status, *columns):
+        if status == "ok" and first == first and latency == latency and head == head:
+            begun = text if text == text and text >= first else first
+            found.append((latency, [queue if queue == queue else 0.0, connect if connect == connect else 0.0,
+                                    head, max(0.0, first - head), begun - first, max(0.0, latency - begun)]))
+    found.sort(key=lambda item: item[0])
+    return found
+
+
+def phases_chart(page: Page, stage: StageView) -> Optional[Chart]:
+    """Mean time per phase in groups of equal size from the fastest to the slowest requests."""
+    found = phases_of(stage)
+    total = len(found)
+    if total < 10:
+        return None
+    groups = 20 if total >= 200 else 10 if total >= 40 else 5
+    bounds = [round(index * total / groups) for index in range(groups + 1)]
+    means = [[sum(item[1][phase] for item in found[low:high]) / (high - low) for low, high in zip(bounds, bounds[1:])]
+             for phase in range(len(PHASES))]
+    overall = [sum(item[1][phase] for item in found) / total for phase in range(len(PHASES))]
+    drawn = [phase for phase in range(len(PHASES)) if overall[phase] >= 0.0004 * sum(overall)]
+    tiny = [phase for phase in range(len(PHASES)) if phase not in drawn and overall[phase] > 0]
+    scale = scale_of(stage.statistic("latency_ms"))
+    each = percent(1.0 / groups)
+    each = Both(each.en.replace(".0", ""), each.zh.replace(".0", ""))
+    spec = {"kind": "phases", "divisor": scale.divisor, "unit": scale.unit, "x": page.said("axis.groups"),
+            "names": [page.said("phase." + PHASES[phase]) for phase in drawn],
+            "colours": [PHASES[phase] for phase in drawn],
+            "values": [[rounded_to(value, 4) for value in means[phase]] for phase in drawn],
+            "ends": [page.said("axis.fastest", x=each), page.said("axis.median"), page.said("axis.slowest", x=each)]}
+    words = [page.said("panel.phases.mean", phase=page.said("phase." + PHASES[phase]), value=figure(overall[phase]))
+             for phase in range(len(PHASES)) if overall[phase] > 0]
+    comma = Both(", ", "、")
+    note = page.said("panel.phases.note", phases=joined_texts(comma, [page.said(
+        "panel.phases.mean", phase=page.said("phase." + PHASES[phase]), value=figure(overall[phase]))
+        for phase in tiny])) if tiny else ""
+    return Chart(spec, page.said("finding.phases", n=count(total), k=groups, figures=joined_texts(comma, words)),
+                 page.said("panel.phases.sub"), note, tuple(PHASES[phase] for phase in drawn))
+
+
+SCATTER_POINTS = 1500
+
+
+def evenly(items: List[Tuple[float, float]], most: int) -> List[Tuple[float, float]]:
+    """At most so many of the items, at equal distances in their order."""
+    return items if len(items) <= most else [items[index * len(items) // most] for index in range(most)]
+
+
+def scatter_points(pairs: List[Tuple[float, float]]) -> List[Tuple[float, float]]:
+    """At most SCATTER_POINTS pairs: those beyond P99 on either axis first, of the rest evenly picked ones."""
+    if len(pairs) <= SCATTER_POINTS:
+        return pairs
+    limits = [interpolated(sorted(pair[axis] for pair in pairs), 0.99) for axis in (0, 1)]
+    far = [pair for pair in pairs if pair[0] > limits[0] or pair[1] > limits[1]]
+    near = [pair for pair in pairs if not (pair[0] > limits[0] or pair[1] > limits[1])]
+    far = evenly(far, SCATTER_POINTS // 2)
+    return far + evenly(near, SCATTER_POINTS - len(far))
+
+
+def scatter_chart(page: Page, stage: StageView, size: str, metric: str, names: Tuple[str, str, str]) -> Optional[Chart]:
+    """One time of each request against its length; not drawn when the lengths are all the same."""
+    x_column, y_column = stage.rows.columns.get(size), stage.rows.columns.get(metric)
+    if x_column is None or y_column is None:
+        return None
+    pairs = [(x, y) for status, x, y in zip(stage.rows.status, x_column, y_column)
+             if status == "ok" and x == x and y == y]
+    lengths = [pair[0] for pair in pairs]
+    if len(pairs) < 5 or min(lengths) == max(lengths):
+        return None
+    shown, scale = scatter_points(pairs), scale_of(stage.statistic(metric))
+    logarithmic = is_logarithmic(min(lengths), interpolated(sorted(lengths), 0.5), max(lengths))
+    title, x_axis, y_axis = names
+    axis = page.said(x_axis)
+    spec = {"kind": "scatter", "log": logarithmic, "divisor": scale.divisor, "unit": scale.unit,
+            "x": page.said("axis.log", name=axis) if logarithmic else axis, "y": page.said(y_axis, unit=scale.unit),
+            "points": [rounded_to(number, 4) for pair in shown for number in pair]}
+    sub = page.said("panel.n", n=count(len(pairs))) if len(shown) == len(pairs) else page.said(
+        "panel.shown", k=count(len(shown)), n=count(len(pairs)))
+    return Chart(spec, page.said("finding.scatter", name=page.said(title), n=count(len(pairs))), sub)
+
+
+def ttft_by_prompt(page: Page, stage: StageView) -> Optional[Chart]:
+    """TTFT against prompt tokens."""
+    names = ("panel.ttft_by_prompt", "axis.prompt_tokens", "axis.ttft")
+    return scatter_chart(page, stage, "in_tokens", "ttft_ms", names)
+
+
+def latency_by_output(page: Page, stage: StageView) -> Optional[Chart]:
+    """Latency against output tokens, or characters where tokens are unknown."""
+    names = ("panel.latency_by_output", "axis.output_tokens", "axis.latency")
+    return scatter_chart(page, stage, "out_tokens", "latency_ms", names) or scatter_chart(
+        page, stage, "out_chars", "latency_ms", ("panel.latency_by_output", "axis.output_chars", "axis.latency"))
+
+
+# Over time
+
+BUCKET_SECONDS = (0.5, 1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
+
+
+class Buckets(NamedTuple):
+    """Equal spans of time from the stage's first start: zero and width in ms, and how many."""
+
+    zero: float
+    width: float
+    number: int
+
+    def index(self, moment: float) -> int:
+        """The bucket of a moment; the very end belongs to the last one."""
+        return min(self.number - 1, max(0, int((moment - self.zero) // self.width)))
+
+
+def time_buckets(stage: StageView) -> Optional[Buckets]:
+    """At most 60 buckets of about 22 finished requests each and, where that allows it, at least 8."""
+    starts = [value for value in stage.rows.columns["start_ms"] if value == value]
+    ends = [value for value in stage.rows.columns["end_ms"] if value == value]
+    if len(ends) < 20 or not starts:
+        return None
+    zero, span = min(starts), max(max(ends) - min(starts), 1.0)
+    wanted = min(60.0, max(8.0, len(ends) / 22))
+    widths = [1000.0 * seconds for seconds in BUCKET_SECONDS]
+    width = next((width for width in widths if span / width <= wanted), widths[-1])
+    if span / width < 8 and width > widths[0]:
+        smaller = widths[widths.index(width) - 1]
+        width = smaller if span / smaller <= 60 else width
+    return Buckets(zero, width, max(1, math.ceil(span / width)))
+
+
+def by_bucket(buckets: Buckets, moments: Iterable[float], values: Iterable[float]) -> List[List[float]]:
+    """The values sorted into the buckets of their moments."""
+    held = [[] for _ in range(buckets.number)]  # type: List[List[float]]
+    for moment, value in zip(moments, values):
+        if moment == moment and value == value:
+            held[buckets.index(moment)].append(value)
+    return held
+
+
+def spread(buckets: Buckets, spans: Iterable[Tuple[float, float, float]]) -> List[float]:
+    """The amount per bucket of spans (from, to, amount), each amount spread evenly over its time."""
+    totals = [0.0] * buckets.number
+    for begin, end, amount in spans:
+        first, last = buckets.index(begin), buckets.index(end)
+        if first == last:
+            totals[first] += amount
+            continue
+        rate = amount / (end - begin)
+        for index in range(first, last + 1):
+            low = buckets.zero + index * buckets.width
+            totals[index] += rate * (min(end, low + buckets.width) - max(begin, low))
+    return totals
+
+
+def time_spec(page: Page, buckets: Buckets, form: str, series: List[Dict], unit: Text) -> Dict:
+    """The specification of one chart over time; the script puts each value at the middle of its bucket."""
+    return {"kind": "time", "form": form, "step": buckets.width / 1000.0, "number": buckets.number,
+            "series": series, "y": unit}
+
+
+def time_finding(page: Page, title: str, values: Sequence[Optional[float]], unit: Text) -> Both:
+    """A chart over time in words: its range."""
+    there = [value for value in values if value is not None]
+    low, high = (measured(pick(there), unit) for pick in (min, max)) if there else (both(DASH), both(DASH))
+    return page.said("finding.time", name=page.said(title), n=count(len(there)), low=low, high=high)
+
+
+def percentiles_over_time(page: Page, stage: StageView, buckets: Buckets, metric: str, title: str) -> Optional[Chart]:
+    """P50 and P95 a bucket, by the end of the requests; below 160 of them one dot a request."""
+    statistic = stage.statistic(metric)
+    if not statistic:
+        return None
+    scale = scale_of(statistic)
+    rows = stage.rows
+    kept = [(end, value) for status, end, value in zip(rows.status, rows.columns["end_ms"], rows.columns[metric])
+            if status == "ok" and value == value and end == end]
+    if len(kept) < 160:
+        points = [rounded_to(number) for end, value in kept
+                  for number in ((end - buckets.zero) / 1000, value / scale.divisor)]
+        spec = time_spec(page, buckets, "dots", [{"colour": "p95", "points": points}], scale.unit)
+        return Chart(spec, time_finding(page, title, points[1::2], scale.unit), page.said("panel.time.dots"))
+    held = [sorted(values) for values in by_bucket(buckets, (end for end, _ in kept), (value for _, value in kept))]
+    lines = [{"name": name.upper(), "colour": name, "values": [
+        rounded_to(interpolated(values, share) / scale.divisor) if len(values) >= need else None for values in held]}
+        for name, share, need in (("p95", 0.95, 10), ("p50", 0.50, 5))]
+    spec = time_spec(page, buckets, "line", lines, scale.unit)
+    return Chart(spec, time_finding(page, title, lines[1]["values"], scale.unit), page.said("panel.time.lines"))
+
+
+def ttft_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optional[Chart]:
+    """TTFT over the run."""
+    return percentiles_over_time(page, stage, buckets, "ttft_ms", "panel.time_ttft")
+
+
+def latency_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optional[Chart]:
+    """Latency over the run."""
+    return percentiles_over_time(page, stage, buckets, "latency_ms", "panel.time_latency")
+
+
+def whole_buckets(stage: StageView, buckets: Buckets, totals: Sequence[float]) -> List[Optional[float]]:
+    """Amounts as rates per second; the last, incomplete bucket is left out."""
+    ended = max(value for value in stage.rows.columns["end_ms"] if value == value) - buckets.zero
+    whole = max(1, int(ended // buckets.width))
+    return [rounded_to(total / (buckets.width / 1000.0)) for total in totals[:whole]]
+
+
+def written_spans(rows: "Rows", column: str) -> Iterator[Tuple[float, float, float]]:
+    """From the first output to the end of each successful request, and how much it wrote."""
+    first = rows.columns.get("ttfe_ms", itertools.repeat(math.nan))
+    for status, start, wait, end, amount in zip(rows.status, rows.columns["start_ms"], first, rows.columns["end_ms"],
+                                                rows.columns.get(column, ())):
+        if status == "ok" and amount == amount and start == start and end == end:
+            yield (min(end, start + wait) if wait == wait else end), end, amount
+
+
+def written_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optional[Chart]:
+    """Output tokens per second, or characters, spread over the time in which they were written."""
+    for column, title, unit in (("out_tokens", "panel.time_tokens", "unit.tokens_per_s"),
+                                ("out_chars", "panel.time_chars", "unit.chars_per_s")):
+        spans = list(written_spans(stage.rows, column))
+        if spans:
+            values = whole_buckets(stage, buckets, spread(buckets, spans))
+            spec = time_spec(page, buckets, "area", [{"colour": "a", "values": values}], page.said(unit))
+            spec["title"] = page.said(title)
+            return Chart(spec, time_finding(page, title, values, page.said(unit)))
+    return None
+
+
+def finished_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optional[Chart]:
+    """Successful requests finished per second."""
+    ends = [end for status, end in zip(stage.rows.status, stage.rows.columns["end_ms"])
+            if status == "ok" and end == end]
+    held = by_bucket(buckets, ends, itertools.repeat(1.0))
+    values = whole_buckets(stage, buckets, [len(inside) for inside in held])
+    unit = page.said("unit.requests_per_s")
+    spec = time_spec(page, buckets, "area", [{"colour": "a", "values": values}], unit)
+    return Chart(spec, time_finding(page, "panel.time_requests", values, unit))
+
+
+def flight_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optional[Chart]:
+    """How many requests were in flight, on average over each bucket."""
+    columns = stage.rows.columns
+    spans = ((start, end, end - start) for start, end in zip(columns["start_ms"], columns["end_ms"])
+             if start == start and end == end and end > start)
+    values = [rounded_to(total / buckets.width) for total in spread(buckets, spans)]
+    spec = time_spec(page, buckets, "area", [{"colour": "ink3", "values": values[:max(1, len(values) - 1)]}],
+                     page.said("axis.flight"))
+    return Chart(spec, time_finding(page, "panel.time_flight", values, page.said("axis.flight")))
+
+
+def failures_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optional[Chart]:
+    """Failed requests per bucket."""
+    ends = [end for status, end in zip(stage.rows.status, stage.rows.columns["end_ms"])
+            if status != "ok" and status not in NOT_JUDGED and end == end]
+    if not ends:
+        return None
+    values = [len(inside) for inside in by_bucket(buckets, ends, itertools.repeat(1.0))]
+    spec = time_spec(page, buckets, "bar", [{"colour": "first", "values": values}], page.said("axis.requests"))
+    return Chart(spec, time_finding(page, "panel.time_failures", values, page.said("axis.requests")),
+                 page.said("panel.time_failures.sub", n=count(len(ends))))
+
+
+# Several stages
+
+
+def load_spec(page: Page, stages: Sequence[StageView], kind: str, unit: Text) -> Dict:
+    """What every chart over load shares."""
+    is_open = "rps" in stages[0].rows.load
+    return {"kind": kind, "y": unit, "x": page.said("axis.rate" if is_open else "axis.streams"),
+            "loads": [stage.rows.load.get("rps", stage.rows.load.get("concurrency", 1)) for stage in stages]}
+
+
+def throughput_by_load(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
+    """Throughput of each stage, against what it would be if the first stage scaled linearly."""
+    values = [stage.figures.get("throughput", {}).get("output_tokens_per_s") for stage in stages]
+    unit = page.said("axis.tokens_all")
+    if not all(known(value) for value in values):
+        values = [stage.figures.get("throughput", {}).get("rps") for stage in stages]
+        unit = page.said("unit.requests_per_s")
+    if not all(known(value) for value in values):
+        return None
+    spec = load_spec(page, stages, "load", unit)
+    loads = spec["loads"]
+    spec["series"] = [{"name": "", "colour": "a", "values": [rounded_to(value) for value in values], "labels": True}]
+    spec["linear"] = [rounded_to(values[0] * load / loads[0]) for load in loads]
+    words = joined_texts(", ", (joined_texts(" ", (load_text(page, stage), figure(value)))
+                                for stage, value in zip(stages, values)))
+    return Chart(spec, page.said("finding.load", name=page.said("panel.load_throughput"), figures=words),
+                 page.said("panel.load_throughput.sub"))
+
+
+def trade_off(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
+    """What one user sees against what the endpoint writes in all, a point a stage."""
+    pairs = [(stage.statistic("request_tps").get("p50"), stage.figures.get("throughput", {}).get("output_tokens_per_s"))
+             for stage in stages]
+    if not all(known(each) and known(total) for each, total in pairs):
+        return None
+    spec = load_spec(page, stages, "tradeoff", page.said("axis.tokens_all"))
+    spec.update(x=page.said("axis.tokens_each"),
+                points=[[rounded_to(each), rounded_to(total)] for each, total in pairs],
+                labels=[load_text(page, stages[0])] + [level(stage.rows.load) for stage in stages[1:]],
+                failed=[bool(stage.failed_gates) for stage in stages])
+    words = joined_texts("; ", (page.said("failed_gate", name=load_text(page, stage), value="%s, %s" % (
+        figure(each), figure(total))) for stage, (each, total) in zip(stages, pairs)))
+    return Chart(spec, page.said("finding.load", name=page.said("panel.tradeoff"), figures=words),
+                 page.said("panel.tradeoff.sub"))
+
+
+def metric_by_load(page: Page, stages: Sequence[StageView], metric: str, title: str) -> Optional[Chart]:
+    """P50, P95 and P99 of a time by load, and the gates on it."""
+    if not all(stage.statistic(metric) for stage in stages):
+        return None
+    scale = stage_scale(stages, metric)
+    spec = load_spec(page, stages, "load", scale.unit)
+    spec["series"] = [{
+        "name": stat.upper() + ("" if all(quotable(stage.statistic(metric), stat) for stage in stages) else " †"),
+        "colour": stat, "values": [rounded_to(stage.statistic(metric)[stat] / scale.divisor) for stage in stages]}
+        for stat in reversed(MARKED_PERCENTILES)]
+    gates = [gate for gate in stages[-1].gates if gate_metric(gate) == metric]
+    spec["limits"] = [{"value": gate["limit"] / scale.divisor, "text": page.said(
+        "gate.line", name=requirement(page, gate, scale))} for gate in gates]
+    words = joined_texts(", ", (joined_texts(" P50 ", (load_text(page, stage), scale.said(
+        stage.statistic(metric)["p50"]))) for stage in stages))
+    sizes = {stage.statistic(metric)["n"] for stage in stages}
+    sub = page.said("panel.load.sub", n=count(sizes.pop())) if len(sizes) == 1 else ""
+    return Chart(spec, page.said("finding.load", name=page.said(title), figures=words), sub)
+
+
+def ttft_by_load(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
+    """TTFT of each load."""
+    return metric_by_load(page, stages, "ttft_ms", "panel.load_ttft")
+
+
+def latency_by_load(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
+    """Latency of each load."""
+    return metric_by_load(page, stages, "latency_ms", "panel.load_latency")
+
+
+def tpot_by_load(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
+    """TPOT of each load."""
+    return metric_by_load(page, stages, "tpot_ms", "panel.load_tpot")
+
+
+# Panels and sections
+
+
+class Panel(NamedTuple):
+    """One chart of a section: the key of its title, what draws it, its look."""
+
+    name: str
+    draw: Callable[..., Optional[Chart]]
+    kind: str = ""
+    absent: str = ""  # the text that stands in for it; without one the panel isn't there
+
+
+LOAD_PANELS = (Panel("load_throughput", throughput_by_load), Panel("tradeoff", trade_off),
+               Panel("load_ttft", ttft_by_load), Panel("load_tpot", tpot_by_load),
+               Panel("load_latency", latency_by_load))
+DISTRIBUTION_PANELS = (Panel("ttft", ttft_histogram, absent="panel.ttft.none"), Panel("latency", latency_histogram),
+                       Panel("answered", answered_curves), Panel("gaps", gaps_histogram))
+WHERE_PANELS = (Panel("phases", phases_chart, "wide"), Panel("ttft_by_prompt", ttft_by_prompt, "points"),
+                Panel("latency_by_output", latency_by_output, "points"))
+TIME_PANELS = (Panel("time_ttft", ttft_over_time, "small"), Panel("time_latency", latency_over_time, "small"),
+               Panel("time_tokens", written_over_time, "small"), Panel("time_requests", finished_over_time, "small"),
+               Panel("time_flight", flight_over_time, "small"),
+               Panel("time_failures", failures_over_time, "small", "outcome.none"))
+Charts = Dict[str, Mapping]
+
+
+def panel_markup(page: Page, panel: Panel, chart: Optional[Chart], charts: Charts, prefix: str) -> Markup:
+    """One panel: its head, the place of its chart and the finding in words."""
+    title = page.said("panel." + panel.name)
+    if chart is None:
+        return page.fill("empty_panel", kind=panel.kind, title=title, text=page.said(panel.absent)) if panel.absent \
+            else Markup("")
+    name = prefix + panel.name
+    title = chart.spec.get("title", title)
+    charts[name] = dict(chart.spec, title=title)
+    key = page.fill("key", items=joined(page.fill("key_item", colour=colour, text=page.said("phase." + colour))
+                                        for colour in chart.key)) if chart.key else ""
+    note = page.fill("note", kind="", text=chart.note) if chart.note and any(both(chart.note)) else ""
+    return page.fill("panel", kind=panel.kind, title=title, sub=chart.sub, chart=name, finding=chart.finding, note=note,
+                     data=page.said("button.data"), key=key)
+
+
+def grid(page: Page, panels: Sequence[Panel], charts: Charts, prefix: str, *drawn_from: object) -> Markup:
+    """The panels that have data, side by side; their specifications go into `charts`."""
+    return page.fill("grid", panels=joined(panel_markup(page, panel, panel.draw(page, *drawn_from), charts, prefix)
+                                           for panel in panels))
+
+
+def section(page: Page, anchor: str, content: Markup, sub: Text = "", stage: Optional[StageView] = None,
+            shown: bool = True) -> Markup:
+    """One section; where there are several stages its heading names the stage."""
+    title = page.said("section." + anchor)
+    if stage is not None:
+        title = page.said("heading.stage", title=title, load=load_text(page, stage))
+    lead = page.fill("lead", text=sub) if any(both(sub)) else ""
+    return page.fill("section", anchor=anchor, id=page.fill("id", anchor=anchor) if shown else "", title=title,
+                     sub=lead, content=content)
+
+
+TABLED = ("ttft_ms", "ttft_from_scheduled_ms", "ttfe_ms", "ttfb_ms", "latency_ms", "latency_from_scheduled_ms",
+          "decode_ms", "tpot_ms", "itl_ms", "queue_ms", "connect_ms")
+TABLED_STATS = ("mean", "stdev", "min", "p50", "p90", "p95", "p99", "max")
+
+
+def figures_row(page: Page, metric: str, statistic: Mapping) -> List[Cell]:
+    """One metric of the table of all figures."""
+    cells = [Cell(metric_label(page, metric)), Cell(count(statistic["n"]), "number")]
+    for stat in TABLED_STATS:
+        dagger = stat in ("p50", "p90", "p95", "p99") and not quotable(statistic, stat)
+        text = page.html(figure(statistic.get(stat)))
+        cells.append(Cell(joined((text, page.fill("limited"))) if dagger else text, "number"))
+    return cells
+
+
+def figures_table(page: Page, stage: StageView) -> Markup:
+    """All figures, in milliseconds."""
+    first, text = stage.statistic("ttfe_ms"), stage.statistic("ttft_ms")
+    left_out = {"ttfe_ms"} if first and all(first.get(stat) == text.get(stat) for stat in TABLED_STATS) else set()
+    if "rps" not in stage.rows.load:
+        left_out |= {"ttft_from_scheduled_ms", "latency_from_scheduled_ms"}
+    rows = [("", figures_row(page, metric, stage.statistic(metric))) for metric in TABLED
+            if stage.statistic(metric) and metric not in left_out]
+    head = heads(page, "column.metric", "column.n", *("column." + stat for stat in TABLED_STATS))
+    return page.fill("plain_panel", kind="wide", title=page.said("panel.all"), sub=page.said("panel.all.sub"),
+                     tools=page.fill("copy"), content=table(page, head, rows, "figures"))
+
+
+def distribution_section(page: Page, stage: StageView, charts: Charts, several: bool, shown: bool) -> Markup:
+    """The six figures in full."""
+    if not stage.successes:
+        return Markup("")
+    panels = grid(page, DISTRIBUTION_PANELS, charts, "%d-" % stage.number, stage)
+    return section(page, "dist", joined((panels, figures_table(page, stage))), page.said("section.dist.sub"),
+                   stage if several else None, shown)
+
+
+def where_section(page: Page, stage: StageView, charts: Charts, several: bool, shown: bool) -> Markup:
+    """In which phases the time went, and on what it depends."""
+    before = len(charts)
+    panels = grid(page, WHERE_PANELS, charts, "%d-" % stage.number, stage)
+    return section(page, "where", panels, "", stage if several else None, shown) if len(charts) > before else Markup("")
+
+
+def time_section(page: Page, stage: StageView, charts: Charts, several: bool, shown: bool) -> Markup:
+    """Whether it was steady."""
+    buckets = time_buckets(stage) if stage.successes else None
+    if buckets is None:
+        return Markup("")
+    width = page.said("wall.seconds", n="%g" % (buckets.width / 1000)) if buckets.width < 60000 else duration_text(
+        page, buckets.width)
+    key = "section.time.sub" if stage.successes >= 160 else "section.time.dots"
+    panels = grid(page, TIME_PANELS, charts, "%d-" % stage.number, stage, buckets)
+    return section(page, "time", panels, page.said(key, width=width), stage if several else None, shown)
+
+
+STATUS_COLOURS = {"ok": "ok", "rate_limited": "head", "timeout": "first", "truncated": "queue", "stream_error": "think",
+                  "http_error": "a"}
+
+
+def status_counts(stage: StageView) -> List[Tuple[str, int]]:
+    """How many requests have each status, ok first, then the commonest."""
+    found = collections.Counter()  # type: collections.Counter
+    for error in stage.figures.get("errors", ()):
+        found[str(error.get("status", "other"))] += error.get("count", 0)
+    for status in ("cancelled", "dropped"):
+        found[status] = max(found[status], stage.requests.get(status, 0))
+    failures = [(status, number) for status, number in found.most_common() if number]
+    return ([("ok", stage.successes)] if stage.successes else []) + failures
+
+
+def failure_row(page: Page, error: Mapping, total: int) -> List[Cell]:
+    """One kind of failure: count, share of all requests, when it first happened, what the endpoint said."""
+    first = error.get("first_ms")
+    sample = str(error.get("sample") or error.get("key") or "")
+    return [Cell(status_name(page, str(error.get("status", "other")))), Cell(count(error.get("count", 0)), "number"),
+            Cell(percent(error.get("count", 0) / total), "number"),
+            Cell("+%.1f\u00a0s" % (first / 1000.0) if known(first) else DASH, "number"),
+            Cell(sample if len(sample) <= 400 else sample[:400] + " …", "sample")]
+
+
+def failure_table(page: Page, stage: StageView, total: int) -> Optional[Markup]:
+    """The ten commonest failures, the others in one line."""
+    errors = sorted(stage.figures.get("errors", ()), key=lambda error: -error.get("count", 0))
+    if not errors:
+        return None
+    rows = [("", failure_row(page, error, total)) for error in errors[:10]]
+    rest = sum(error.get("count", 0) for error in errors[10:])
+    if rest:
+        rows.append(("", failure_row(page, {"status": "other", "count": rest}, total)))
+    head = [[Cell(page.said("fail.failure")), Cell(page.said("fail.count"), "number"),
+             Cell(page.said("fail.share"), "number"), Cell(page.said("fail.first"), "number"),
+             Cell(page.said("fail.sample"), "sample")]]
+    return table(page, head, rows, "failures")
+
+
+def outcome_slices(page: Page, counts: Sequence[Tuple[str, int]], total: int) -> Markup:
+    """The slices of the ring, one a status."""
+    before, slices = 0.0, []
+    for status, number in counts:
+        share = 100.0 * number / total
+        name = status_name(page, status)
+        slices.append(page.fill("slice", colour=STATUS_COLOURS.get(status, "connect"), share="%.3f" % share,
+                                rest="%.3f" % (100.0 - share), before="%.3f" % before,
+                                text="%s · %s: %s" % (name.en, name.zh, count(number))))
+        before += share
+    return joined(slices)
+
+
+def svg_text(page: Page, text: Both) -> Markup:
+    """A pair of texts inside an SVG, which knows no span."""
+    return page.fill("svg_both", en=text.en, zh=text.zh)
+
+
+def outcome_key(page: Page, counts: Sequence[Tuple[str, int]], total: int) -> Markup:
+    """What the colours mean, with counts and shares of all requests."""
+    return page.fill("key", items=joined(page.fill(
+        "key_item", colour=STATUS_COLOURS.get(status, "connect"), text=page.said(
+            "outcome.key", name=status_name(page, status), n=count(number), x=percent(number / total)))
+        for status, number in counts))
+
+
+def outcome_section(page: Page, stage: StageView, several: bool, shown: bool) -> Markup:
+    """The success rate as a ring, every failure in a table."""
+    counts = status_counts(stage)
+    total = sum(number for _, number in counts)
+    if not total:
+        nothing = page.fill("empty", text=page.said("outcome.none"))
+        return section(page, "fail", nothing, "", stage if several else None, shown)
+    rate = stage.requests.get("success_rate")
+    errors = failure_table(page, stage, total)
+    finding = page.said("finding.outcome", x=percent(rate), n=count(finished(stage)))
+    content = page.fill(
+        "outcome", kind="" if errors else "clean", number=stage.number, finding=both("%s · %s" % finding),
+        slices=outcome_slices(page, counts, total), rate=svg_text(page, percent(rate)),
+        what=svg_text(page, page.said("outcome.success")), key=outcome_key(page, counts, total),
+        segments=joined(page.fill("segment", colour=STATUS_COLOURS.get(status, "connect"), share=number)
+                        for status, number in counts),
+        table=errors or page.fill("empty", text=page.said("outcome.none")))
+    return section(page, "fail", content, "", stage if several else None, shown)
+
+
+# Can these figures be trusted?
+
+
+class ClientCheck(NamedTuple):
+    """One line of the client's audit: where its figure is, in which unit, and the limit it is held to."""
+
+    title: str
+    field: str
+    unit: str
+    limit: Optional[str]  # a percentage, or "lag": the larger of 5 ms and 5 % of the TTFT's P50
+
+
+CLIENT_CHECKS = (
+    ClientCheck("client.lag", "lag_ms", "ms", "lag"), ClientCheck("client.slack", "ttft_slack_ms", "ms", "lag"),
+    ClientCheck("client.cpu", "cpu_percent", "%", "90"), ClientCheck("client.late", "late_percent", "%", "1"),
+    ClientCheck("client.requested", "requested_rps", "req/s", None),
+    ClientCheck("client.achieved", "achieved_rps", "req/s", None),
+    ClientCheck("client.processes", "processes", "", None))
+
+
+def client_value(client: Mapping, name: str) -> Optional[float]:
+    """A figure of the audit: a number, the P99 of a statistic, the largest of a list."""
+    value = client.get(name)
+    if isinstance(value, dict):
+        value = value.get("p99")
+    if isinstance(value, (list, tuple)):
+        value = max(value, default=None)
+    return value if known(value) else None
+
+
+def client_limit(check: ClientCheck, summary: Mapping) -> Optional[float]:
+    """The limit of a check; that of the lag follows the TTFT."""
+    if check.limit == "lag":
+        return max(5.0, 0.05 * ((summary.get("ttft_ms") or {}).get("p50") or 0))
+    return float(check.limit) if check.limit else None
+
+
+def client_row(title: Text, limit: Text, value: Text, kept: Optional[bool]) -> Tuple[str, List[Cell]]:
+    """One check; one without a limit has no mark."""
+    mark, kind = {True: ("✓", "passed"), False: ("✕", "failed"), None: ("", "")}[kept]
+    return kind, [Cell(title), Cell(limit, "number"), Cell(value, "number value"), Cell(mark, "mark value")]
+
+
+def measured_as(page: Page, value: Optional[float], unit: str) -> Text:
+    """A figure of the audit with its unit."""
+    if unit == "%":
+        return Both("%.3g\u00a0%%" % (value or 0), "%.3g%%" % (value or 0))
+    if unit == "req/s":
+        return measured(value, page.said("unit.requests_per_s"))
+    return measured(value, unit) if unit else count(value or 0)
+
+
+def client_table(page: Page, summary: Mapping, stages: Sequence[StageView], end: Optional[Mapping]) -> Markup:
+    """What the client says of itself: limit, measured, kept or not."""
+    client, rows = summary.get("client", {}), []
+    if client.get("clock"):
+        kernel = client["clock"] == "kernel"
+        clock_name = page.said(client["clock"]) if client["clock"] in page.texts[0] else client["clock"]
+        rows.append(client_row(page.said("client.clock"), page.said("kernel"), clock_name, kernel or None))
+    for check in CLIENT_CHECKS:
+        value, limit = client_value(client, check.field), client_limit(check, summary)
+        if value is not None:
+            limit_text = measured_as(page, limit, check.unit) if limit is not None else ""
+            rows.append(client_row(page.said(check.title), limit_text, measured_as(page, value, check.unit),
+                                   value <= limit if limit is not None else None))
+    dropped = sum(stage.requests.get("dropped", 0) for stage in stages)
+    if any("rps" in stage.rows.load for stage in stages):
+        rows.append(client_row(page.said("client.dropped"), "0", count(dropped), not dropped))
+    rows.append(client_row(page.said("client.records"), page.said("client.end_line"),
+                           page.said("no" if end is None else "yes"), end is not None))
+    head = heads(page, "client.check", "client.limit", "client.measured")
+    return table(page, [head[0] + [Cell("")]], rows, "audit")
+
+
+NETWORK_ROWS = (("network.connect", "connect_ms", "ms", 0.0), ("network.rtt", "rtt_ms", "ms", None),
+                ("network.queue", "queue_ms", "ms", None), ("network.retransmits", "retransmits", "", None),
+                ("network.out_of_order", "out_of_order", "", None))
+
+
+def network_table(page: Page, stages: Sequence[StageView]) -> Markup:
+    """What the network did, over all measured requests: n, P50, P95, max."""
+    rows = []
+    for title, column, unit, above in NETWORK_ROWS:
+        values = sorted(value for stage in stages for value in stage.rows.columns.get(column, ())
+                        if value == value and (above is None or value > above))
+        if values:
+            texts = [measured(value, unit) if unit else count(value)
+                     for value in (interpolated(values, 0.5), interpolated(values, 0.95), values[-1])]
+            rows.append(("", [Cell(page.said(title)), Cell(count(len(values)), "number")] + [
+                Cell(text, "number") for text in texts]))
+    reused = [value for stage in stages for value in stage.rows.columns.get("reused", ()) if value == value]
+    if reused:
+        share = percent(sum(1 for value in reused if value) / len(reused))
+        rows.append(("", [Cell(page.said("network.reused")), Cell(count(len(reused)), "number"), Cell(share, "number"),
+                          Cell(""), Cell("")]))
+    known_rtt = any(value == value for stage in stages for value in stage.rows.columns.get("rtt_ms", ()))
+    note = "" if known_rtt else page.fill("note", kind="", text=page.said("network.absent"))
+    head = heads(page, "network.measure", "column.n", "column.p50", "column.p95", "column.max")
+    return joined((table(page, head, rows, "network") if rows else "", note))
+
+
+def trust_section(page: Page, summary: Mapping, stages: Sequence[StageView], end: Optional[Mapping]) -> Markup:
+    """The client's audit beside the network's figures."""
+    left, right = (page.fill("plain_panel", kind="", title=page.said(title), sub="", tools="", content=content)
+                   for title, content in (("client", client_table(page, summary, stages, end)),
+                                          ("network", network_table(page, stages))))
+    content = page.fill("grid", panels=joined((left, right)))
+    return section(page, "trust", content, page.said("section.trust.sub"))
+
+
+# Set-up
+
+
+def split_command(command: str) -> Optional[List[str]]:
+    """The words of a command line; None when its quotes don't match."""
+    try:
+        return shlex.split(command) or None
+    except ValueError:
+        return None
+
+
+def flag_groups(words: Sequence[str]) -> List[List[str]]:
+    """Words grouped so that each flag keeps its value."""
+    groups = [[]]  # type: List[List[str]]
+    for word in words:
+        if word.startswith("-") and len(word) > 1 and groups[-1]:
+            groups.append([])
+        groups[-1].append(word)
+    return groups
+
+
+def command_text(command: object) -> str:
+    """The command line, a line for about seventy characters, broken only before a flag."""
+    words = [str(word) for word in command] if isinstance(command, (list, tuple)) else split_command(str(command))
+    if words is None:
+        return str(command)
+    groups = [" ".join(shlex.quote(word) for word in group) for group in flag_groups(words)]
+    lines = [groups[0]]
+    for group in groups[1:]:
+        if len(lines[-1]) + len(group) > 64:
+            lines.append("  " + group)
+        else:
+            lines[-1] += " " + group
+    return " \\\n".join(lines)
+
+
+def indented_line(line: str) -> str:
+    """One line of a frame: JSON after `data:` or alone is indented, unless that would blow it up."""
+    found = re.match(r"(\s*data:\s?)?(\s*[\[{].*)", line, re.DOTALL)
+    if not found:
+        return line
+    try:
+        pretty = json.dumps(json.loads(found.group(2)), ensure_ascii=False, indent=2)
+    except (ValueError, RecursionError):
+        return line
+    return (found.group(1) or "") + pretty if len(pretty) < 4 * len(line) + 400 else line
+
+
+def indented_sample(raw: str) -> str:
+    """A raw frame with the JSON in its lines indented; what isn't JSON stays as it was received."""
+    return "\n".join(indented_line(line) for line in raw.rstrip("\n").split("\n"))
+
+
+def prompts_text(page: Page, config: Mapping) -> Both:
+    """Where the prompts came from, and whether they were made unique."""
+    prompts = config.get("prompts") or {}
+    source = str(prompts.get("source", "builtin"))
+    text = page.said("prompts.builtin") if source in ("builtin", "built-in") else both(source)
+    if prompts.get("count"):
+        text = page.said("setup.prompt_count", source=text, n=count(prompts["count"]))
+    return page.said("setup.unique" if config.get("unique", True) else "setup.not_unique", prompts=text)
+
+
+def setup_facts(page: Page, header: Mapping) -> List[Tuple[Both, Text]]:
+    """What it takes to repeat the run."""
+    config = header.get("config", {})
+    tool = "llmbench %s, %s" % (header.get("tool_version", ""), header.get("python", ""))
+    mode = "tokens.%s" % config.get("token_mode", "usage")
+    entries = (("setup.run", header.get("run_id")), ("setup.tool", tool), ("setup.provider", header.get("provider")),
+               ("setup.prompts", prompts_text(page, config)),
+               ("setup.tokens", page.said(mode) if mode in page.texts[0] else config.get("token_mode")),
+               ("setup.max_tokens", config.get("max_tokens")),
+               ("setup.records", page.said("setup.sha", sha=header["results_sha256"])
+                if header.get("results_sha256") else None))
+    return [(page.said(key), value if isinstance(value, Both) else str(value)) for key, value in entries if value]
+
+
+def list_of_facts(page: Page, entries: Iterable[Tuple[Text, Text]], fragment: str = "facts_list",
+                  **values: object) -> Markup:
+    """Names and values as a list of definitions."""
+    made = joined(page.fill("fact", name=name, value=value, hover="") for name, value in entries)
+    return page.fill(fragment, facts=made, **values)
+
+
+def setup_section(page: Page, summary: Mapping, header: Mapping) -> Markup:
+    """The exact command, what the endpoint sent, and every definition."""
+    left = page.fill("raw", title=page.said("setup.command"), sub=page.said("setup.command.sub"),
+                     text=command_text(header.get("command", "")))
+    samples = summary.get("samples", {})
+    right = joined(page.fill("raw", title=page.said(title), sub=page.said("setup.as_received"),
+                             text=indented_sample(str(samples[name])))
+                   for title, name in (("setup.first", "first_content_raw"), ("setup.final", "final_frame_raw"))
+                   if samples.get(name))
+    columns = page.fill("columns", left=joined((left, list_of_facts(page, setup_facts(page, header)))),
+                        right=right or page.fill("empty", text=page.said("setup.no_sample")))
+    defined = [(metric_label(page, name), definition(page, name)) for name in METRICS]
+    definitions = list_of_facts(page, defined, "definitions", title=page.said("definitions"))
+    return section(page, "setup", joined((columns, definitions)))
+
+
+# The page
+
+
+def stage_sections(page: Page, stage: StageView, charts: Charts, several: bool, shown: bool) -> Markup:
+    """What belongs to one stage; failures come first where more than one request in a hundred failed."""
+    fail = outcome_section(page, stage, several, shown)
+    parts = [build(page, stage, charts, several, shown) for build in (distribution_section, where_section)]
+    late = time_section(page, stage, charts, several, shown)
+    first = stage.requests.get("success_rate", 0.0) < 0.99
+    return joined([fail] + parts + [late] if first else parts + [fail, late])
+
+
+def stage_block(page: Page, stages: Sequence[StageView], shown: StageView,
+                build: Callable[[StageView], Markup]) -> Markup:
+    """What `build` makes of each stage, of which the page shows one."""
+    return joined(page.fill("stage", number=stage.number, hidden="" if stage is shown else "hidden",
+                            content=build(stage)) for stage in stages)
+
+
+def stage_picker(page: Page, stages: Sequence[StageView], shown: StageView) -> Markup:
+    """Buttons that choose the stage; those that failed a gate carry a cross."""
+    is_open = "rps" in stages[0].rows.load
+    buttons = joined(page.fill(
+        "pick", number=stage.number, pressed="true" if stage is shown else "false",
+        text=level(stage.rows.load),
+        mark=page.fill("cross") if stage.failed_gates else "") for stage in stages)
+    return page.fill("picker", before=page.said("picker.before"), buttons=buttons,
+                     after=page.said("picker.rates" if is_open else "picker.streams"))
+
+
+def load_section(page: Page, stages: Sequence[StageView], charts: Charts) -> Markup:
+    """How the endpoint behaves under load, where there are several loads."""
+    totals = [stage.figures.get("throughput", {}).get("output_tokens_per_s", 0) or 0 for stage in stages]
+    knee = any(stage.failed_gates for stage in stages) or any(
+        later < earlier for earlier, later in zip(totals, totals[1:]))
+    content = grid(page, LOAD_PANELS, charts, "run-", stages)
+    return section(page, "stages", content, page.said("section.stages.knee" if knee else "section.stages.sub"))
+
+
+def figures_block(page: Page, stages: Sequence[StageView], shown: StageView, reason: str) -> Markup:
+    """The six figures of each stage, with the note that says which stage they are of."""
+    if len(stages) == 1:
+        return tiles(page, shown)
+    return stage_block(page, stages, shown, lambda stage: joined((tiles(page, stage), page.fill(
+        "note", kind="", text=page.said(reason if stage is shown else "chosen.picked", load=load_text(page, stage))))))
+
+
+def body_of(page: Page, summary: Mapping, stages: Sequence[StageView], shown: StageView, end: Optional[Mapping],
+            charts: Charts) -> Markup:
+    """The sections between the first screen and the set-up; those of an INVALID run are folded away."""
+    several = len(stages) > 1
+    inner = stage_block(page, stages, shown,
+                        lambda stage: stage_sections(page, stage, charts, several, stage is shown))
+    if several:
+        inner = joined((load_section(page, stages, charts), stage_picker(page, stages, shown), inner))
+    trust = trust_section(page, summary, stages, end)
+    if shown.judged:
+        return joined((inner, trust))
+    return joined((trust, page.fill("anyway", summary=page.said("anyway"), content=inner)))
+
+
+ANCHORS = ("stages", "fail", "dist", "where", "time", "slow", "trust", "setup")
+
+
+def navigation(page: Page, body: str) -> Markup:
+    """Links to the sections that are there, in their order."""
+    places = sorted((body.find('id="%s"' % anchor), anchor) for anchor in ANCHORS)
+    present = ["top"] + [anchor for place, anchor in places if place >= 0]
+    return joined(page.fill("link", anchor=anchor, text=page.said("nav." + anchor)) for anchor in present)
+
+
+def script_policy(scripts: Sequence[str]) -> str:
+    """A policy that runs these scripts and nothing else, and loads nothing from anywhere."""
+    hashes = " ".join("'sha256-%s'" % base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+                      for script in scripts)
+    return ("default-src 'none'; script-src %s; style-src 'unsafe-inline'; img-src data: blob:; "
+            "base-uri 'none'; form-action 'none'" % hashes)
+
+
+def script_json(value: object) -> Markup:
+    """JSON that a script element can hold: ASCII only, and no < that could end the element."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def chart_data(page: Page, header: Mapping, charts: Charts) -> Markup:
+    """What the script draws from: the charts' specifications and the words of the buttons' results."""
+    words = {key: page.said(key) for key in page.texts[0] if key.startswith(("column.", "state.", "button."))}
+    return script_json({"model": plain(header.get("model", "")), "run": plain(header.get("run_id", "")),
+                        "words": words, "charts": charts})
+
+
+def page_language(header: Mapping) -> str:
+    """The language in which the page opens."""
+    return "zh" if str(header.get("config", {}).get("lang", "en")).startswith("zh") else "en"
+
+
+def render_report(summary: Mapping, header: Mapping, rows: Sequence["Rows"], audits: Sequence[Mapping],
+                  end: Optional[Mapping], assets: Mapping[str, Union[bytes, str]]) -> str:
+    """report.html, complete: from summary.json, the header of results.jsonl, the measured requests and the assets."""
+    page, stages, charts = read_page(assets), stage_views(summary, rows), {}  # type: Page, List[StageView], Charts
+    shown, reason = choose_stage(stages)
+    body = body_of(page, summary, stages, shown, end, charts)
+    setup = setup_section(page, summary, header)
+    echarts, script = asset_text(assets, "echarts.min.js"), asset_text(assets, "report.js")
+    language = page_language(header)
+    gates = stage_table(page, stages, shown) if len(stages) > 1 else gates_block(page, shown)
+    return page.fill(
+        "page", lang={"zh": "zh-CN"}.get(language, language), language=language, policy=Markup(script_policy([
+            echarts, script])), title=header.get("model", ""), state="" if shown.judged else "invalid-run",
+        style=Markup(asset_text(assets, "report.css")), run_id=re.sub(r"[^\w.-]", "", plain(header.get("run_id", ""))),
+        skip=page.said("skip"), sections_label=page.texts[LANGUAGES.index(language)]["sections"],
+        links=navigation(page, body + setup),
+        dark=page.said("button.dark"), light=page.said("button.light"), print=page.said("button.print"),
+        kicker=page.said("kicker"), model=header.get("model", DASH), facts=facts(page, header, stages),
+        verdict=verdict_band(page, summary), cut_off=cut_off_line(page, stages, end),
+        sentence=sentence(page, summary, stages, shown), figures=figures_block(page, stages, shown, reason),
+        gates=gates, body=body, setup=setup, footer=page.said("footer", version=header.get("tool_version", "")),
+        data=chart_data(page, header, charts), echarts=Markup(echarts), script=Markup(script)) + "\n"
+
+
+# ==================================================================================================
+# 11. Artifacts: records, summary <-> files
+# ==================================================================================================
+#
+# results.jsonl is the truth: a header line, a line for each finished request, an audit line for each
+# process and stage, an end line. Every line is appended by one os.write on a descriptor opened with
+# O_APPEND, so that several processes can share the file and a crash loses at most what was in flight.
+# summary.json, results.csv and report.html are functions of these lines (`report DIR` makes them
+# again); they are written beside their place and moved into it, so that nobody reads half of one.
+
+RESULTS, RESULTS_CSV, SUMMARY, REPORT = "results.jsonl", "results.csv", "summary.json", "report.html"
+ASSETS = (
+    "report.html", "report.css", "report.js", "echarts.min.js", "texts/en.json", "texts/zh.json", "prompts/en.txt",
+    "prompts/zh.txt",
+)  # fmt: skip
+HERE = os.path.dirname(os.path.abspath(__file__))
+CSV_LEFT_OUT = frozenset(("itl_hist", "chunk_ms", "first_content_raw", "final_frame_raw", "error_raw"))
+
+
+class WriteError(Exception):
+    """Results could not be written; the text says what and why."""
+
+
+def read_asset(name: str) -> bytes:
+    """A file of assets/, from the checkout or out of the archive."""
+    loader = getattr(globals().get("__spec__"), "loader", None)
+    if loader is not None:
+        return loader.get_data(os.path.join(os.path.dirname(__file__), "assets", *name.split("/")))
+    with open(os.path.join(HERE, "assets", *name.split("/")), "rb") as file:
+        return file.read()
+
+
+def load_assets() -> Dict[str, bytes]:
+    """All assets, read before the load starts: an archive that is replaced during a run can't be read any more."""
+    return {name: read_asset(name) for name in ASSETS}
+
+
+def load_texts(assets: Mapping[str, bytes], language: str) -> Dict[str, str]:
+    """The texts of a language, key -> text."""
+    return json.loads(assets["texts/%s.json" % language].decode("utf-8"))
+
+
+def encode_line(value: Mapping[str, Any]) -> bytes:
+    """One line of results.jsonl."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+
+
+class ResultsWriter:
+    """Appends lines to results.jsonl, each with one write."""
+
+    def __init__(self, directory: str) -> None:
+        self.path = os.path.join(directory, RESULTS)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        """One line; raises WriteError."""
+        line = encode_line(value)
+        try:
+            written = os.write(self._descriptor, line)
+            if written != len(line):  # a full disk writes a part first
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise WriteError("%s could not be written: %s" % (self.path, error.strerror or error)) from None
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._descriptor)
+
+
+def default_directory(model: str, now: float) -> str:
+    """`llmbench-MODEL-TIME`, with what a file name can't hold replaced."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", model).strip("._") or "model"
+    return "llmbench-%s-%s" % (name[:60], time.strftime("%Y%m%d-%H%M%S", time.localtime(now)))
+
+
+def check_directory(path: str) -> None:
+    """Refuses an output directory that holds results or is no directory; raises UserError, makes nothing."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError("--out %s is not a directory; name another" % path)
+    held = [name for name in (RESULTS, RESULTS_CSV, SUMMARY, REPORT) if os.path.exists(os.path.join(path, name))]
+    if held:
+        raise UserError("--out %s already holds %s; name another directory" % (path, held[0]))
+    place = path
+    while not os.path.exists(place):
+        place = os.path.dirname(os.path.abspath(place))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError("--out %s cannot be written to; name another directory" % path)
+
+
+def make_directory(path: str) -> None:
+    """Makes the output directory; raises UserError."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError("--out %s cannot be made: %s" % (path, error.strerror or error)) from None
+
+
+def read_lines(path: str, notice: Callable[[str], None]) -> Iterator[Dict[str, Any]]:
+    """The lines of a results.jsonl; a last line that was cut off is left out with a notice; raises UserError."""
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            for raw in file:
+                number += 1
+                try:
+                    line = json.loads(raw.decode("utf-8"))
+                    if not isinstance(line, dict):
+                        raise ValueError("not an object")
+                except ValueError:
+                    if raw.endswith(b"\n"):
+                        raise UserError(
+                            "%s line %d is not a record; restore or remove that line" % (path, number)
+                        ) from None
+                    notice("%s: the last line was cut off and is left out" % path)
+                    return
+                yield line
+    except OSError as error:
+        raise UserError("%s cannot be read: %s" % (path, error.strerror or error)) from None
+    if not number:
+        raise UserError("%s is empty: that run measured nothing" % path)
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that a spreadsheet can't take for a formula."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
+
+
+class WholeFile:
+    """Writes a file beside its place and moves it there at the end; raises WriteError."""
+
+    def __init__(self, path: str, encoding: str = "utf-8") -> None:
+        self._path, self._encoding = path, encoding
+
+    def __enter__(self) -> io.TextIOWrapper:
+        try:
+            self._file = open(self._path + ".part", "w", encoding=self._encoding, errors="replace", newline="")
+        except OSError as error:
+            raise WriteError("%s could not be written: %s" % (self._path, error.strerror or error)) from None
+        return self._file
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        try:
+            self._file.close()
+            if error is None:
+                os.replace(self._path + ".part", self._path)
+        except OSError as failure:
+            error = error or failure
+        if error is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path + ".part")
+        if isinstance(error, OSError):
+            raise WriteError("%s could not be written: %s" % (self._path, error.strerror or error)) from None
+
+
+def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[[str], None]) -> Dict[str, Any]:
+    """Makes results.csv, summary.json and report.html from results.jsonl alone; returns the summary."""
+    collector = Collector()
+    columns = [name for name in Record.__dataclass_fields__ if name not in CSV_LEFT_OUT]
+    with WholeFile(os.path.join(directory, RESULTS_CSV), "utf-8-sig") as file:
+        rows = csv.writer(file)
+        rows.writerow(columns)
+        for line in read_lines(os.path.join(directory, RESULTS), notice):
+            collector.add(line)
+            if "request_id" in line:
+                rows.writerow([csv_cell(line.get(name)) for name in columns])
+    summary = summarize(collector)
+    with WholeFile(os.path.join(directory, SUMMARY)) as file:
+        json.dump(summary, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+    header = {**collector.header, "results_sha256": file_digest(os.path.join(directory, RESULTS))}
+    stages = [collector.stages[index] for index in sorted(collector.stages)]
+    with WholeFile(os.path.join(directory, REPORT)) as file:
+        file.write(render_report(summary, header, stages, collector.audits, collector.end, assets))
+    return summary
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def host_facts(target: Endpoint) -> Dict[str, str]:
+    """What the header says of this machine: name, address towards the endpoint, OS, architecture, Python."""
+    offset = time.strftime("%z")
+    return {
+        "host": socket.gethostname(),
+        "address": local_address(target),
+        "os": platform.system(),
+        "arch": platform.machine().replace("x86_64", "x86-64"),
+        "python": platform.python_implementation() + " " + platform.python_version(),
+        "utc_offset": offset[:3] + ":" + offset[3:],
+    }
+
+
+def local_address(target: Endpoint) -> str:
+    """The address from which this host reaches the endpoint; nothing is sent to find it out."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in target.host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((target.host, target.port))
+            return sock.getsockname()[0]
+    except OSError:
+        return ""
+
+
+def make_header(config: Config, endpoint: Endpoint, prompts: int, command: str, started: float) -> Dict[str, Any]:
+    """The first line's `run` object: what was asked for, redacted, and from where."""
+    secrets = secrets_of(config, endpoint)
+    shown = {
+        key: value for key, value in vars(config).items() if value is not None and key not in ("token", "out", "run_id")
+    }
+    shown["url"] = redact(endpoint.url, secrets)
+    shown["header"] = [mask_header(line) for line in config.header]
+    shown["body"] = json.loads(redact(json.dumps(mask_body(config.body)), secrets))
+    shown["token"] = "***" if config.token else ""
+    shown["prompts"] = {"source": config.workload_file or "built-in", "count": prompts}
+    header = {
+        "tool_version": __version__, "run_id": config.run_id, "provider": config.provider, "model": config.model,
+        "url": shown["url"], "started_at": iso_time(started), "command": redact(command, secrets),
+    }  # fmt: skip
+    return {**header, **host_facts(endpoint), "config": shown}
+
+
+def mask_header(line: str) -> str:
+    """A `K: V` line with the value of a secret header shown as ***."""
+    name, _, value = line.partition(":")
+    return name + ": ***" if is_secret_name(name) else name + ":" + value
+
+
+def mask_body(tree: Any) -> Any:
+    """A JSON tree with the values of secret keys shown as ***."""
+    if isinstance(tree, dict):
+        return {
+            key: "***" if is_secret_name(key) and isinstance(value, str) else mask_body(value)
+            for key, value in tree.items()
+        }
+    return [mask_body(value) for value in tree] if isinstance(tree, list) else tree
+# ==================================================================================================
+# 12. Terminal: progress and tables
+# ==================================================================================================
+#
+# Progress goes to stderr: one live line on a terminal, a plain line every few seconds elsewhere. It is
+# drawn by a thread of its own, so that a terminal that takes no output (Ctrl-S, a slow ssh) stops the
+# drawing and not the measurement. The summary is a table on stdout in which every figure carries its
+# unit and n. Colour is used on terminals only, and not where NO_COLOR is set. Words come from the
+# message files, so that a table reads the same in the terminal and in the report.
+
+PLAIN_LINE_SECONDS = 5.0
+LIVE_LINE_SECONDS = 0.25
+WIDE = re.compile("[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]")
+
+
+def text_width(text: str) -> int:
+    """Columns that a text takes on a terminal: CJK characters take two."""
+    return len(text) + len(WIDE.findall(text))
+
+
+def padded(text: str, width: int, right: bool) -> str:
+    """The text filled with blanks to a width."""
+    blank = " " * max(0, width - text_width(text))
+    return blank + text if right else text + blank
+
+
+def significant(value: float) -> str:
+    """Three significant digits, thousands with a comma: 0.085, 1.39, 64.1, 903, 1,607."""
+    magnitude = abs(value)
+    if magnitude >= 999.5:
+        return "{:,.0f}".format(value)
+    for limit, digits in ((99.95, 0), (9.995, 1), (0.9995, 2)):
+        if magnitude >= limit:
+            return "%.*f" % (digits, value)
+    return "0" if magnitude == 0 else "%.3f" % value
+
+
+def short_duration(seconds: float) -> str:
+    """m:ss, or h:mm:ss from an hour on."""
+    whole = int(seconds + 0.5)
+    hours, rest = divmod(whole, 3600)
+    return "%d:%02d:%02d" % (hours, rest // 60, rest % 60) if hours else "%d:%02d" % (rest // 60, rest % 60)
+
+
+class Paint:
+    """Colours for a terminal; gives texts back unchanged where there is none or NO_COLOR is set."""
+
+    CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
+
+    def __init__(self, stream: Any) -> None:
+        self._on = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def __call__(self, style: str, text: str) -> str:
+        return "\x1b[%sm%s\x1b[0m" % (self.CODES[style], text) if self._on else text
+
+
+def seconds_left(progress: Progress, now: float) -> Optional[float]:
+    """How long the phase will still take at the rate so far, or until its duration is over."""
+    spent = now - progress.began
+    left = []
+    if progress.total is not None and progress.done:
+        left.append(spent / progress.done * (progress.total - progress.done))
+    if progress.duration is not None:
+        left.append(progress.duration - spent)
+    return max(0.0, min(left)) if left else None
+
+
+def progress_line(progress: Progress, texts: Mapping[str, str], now: float) -> str:
+    """What a live or plain line says of a running phase."""
+    spent = max(1e-9, now - progress.began)
+    total = "/%d" % progress.total if progress.total is not None else ""
+    parts = [
+        "%d%s %s" % (progress.done, total, texts["terminal.done"]),
+        "%d %s" % (progress.in_flight, texts["terminal.in_flight"]),
+    ]
+    parts.append("%d %s" % (progress.failed, texts["terminal.failed"]))
+    ttft = sorted(progress.ttft.copy().items())
+    count = sum(n for _, n in ttft)
+    if count:
+        figures = "/".join(significant(histogram_quantile(ttft, count, share)) for share in (0.5, 0.95))
+        parts.append("TTFT P50/P95 %s ms" % figures)
+    if progress.tokens:
+        parts.append("%s tok/s" % significant(progress.tokens / spent))
+    elif progress.chars:
+        parts.append("%s %s" % (significant(progress.chars / spent), texts["terminal.chars_per_s"]))
+    left = seconds_left(progress, now)
+    if left is not None:
+        parts.append(texts["terminal.left"].format(time=short_duration(left)))
+    stage = texts["terminal.stage"].format(
+        number=progress.stage + 1, stages=progress.stages, streams=progress.concurrency
+    )
+    head = ([stage] if progress.stages > 1 else []) + ([texts["terminal.warmup"]] if progress.phase == "warmup" else [])
+    return "  ".join(head + parts)
+
+
+class ProgressPrinter:
+    """Draws a run's progress on a stream until it is stopped."""
+
+    def __init__(self, mode: str, stream: Any, progress: Progress, texts: Mapping[str, str]) -> None:
+        live = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._mode = ("bar" if live else "lines") if mode == "auto" else mode
+        self._stream, self._progress, self._texts = stream, progress, texts
+        self._over = threading.Event()
+        self._note = ""
+        self._last = 0.0
+        self._thread = threading.Thread(target=self._draw, daemon=True)
+
+    def __enter__(self) -> "ProgressPrinter":
+        if self._mode != "none":
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
+        if self._mode != "none":
+            self._thread.join(1.0)  # a stuck terminal does not hold the results back
+            if self._mode == "bar" and not self._thread.is_alive():
+                self._write("\r\x1b[K")
+
+    def _draw(self) -> None:
+        while not self._over.wait(LIVE_LINE_SECONDS):
+            progress, now = self._progress, clock()
+            if progress.note and progress.note != self._note:
+                self._note = progress.note
+                self._write(("\r\x1b[K" if self._mode == "bar" else "") + "llmbench: %s\n" % self._note)
+            if not progress.began:
+                continue
+            if self._mode == "bar":
+                width = max(20, shutil.get_terminal_size().columns - 1)
+                line = progress_line(progress, self._texts, now)
+                while text_width(line) > width:
+                    line = line[:-1]
+                self._write("\r\x1b[K" + line)
+            elif now - max(self._last, progress.began) >= PLAIN_LINE_SECONDS:
+                self._last = now
+                self._write(progress_line(progress, self._texts, now) + "\n")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._over.set()
+
+
+def align(rows: Sequence[Sequence[str]]) -> List[str]:
+    """Rows as lines with aligned columns: the first to the left, the others to the right."""
+    widths = [
+        max(text_width(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows)))
+    ]
+    return [
+        "  ".join(padded(cell, widths[column], column > 0) for column, cell in enumerate(row)).rstrip() for row in rows
+    ]
+
+
+TABLED_METRICS = ("ttft_ms", "ttfe_ms", "latency_ms", "tpot_ms", "itl_ms", "request_tps", "queue_ms", "connect_ms")
+
+
+def metric_rows(block: Mapping[str, Any], texts: Mapping[str, str]) -> List[List[str]]:
+    """The table of a stage's distributions: label with unit, P50 to P99, mean, max, n; † marks a limited one."""
+    rows = [["", "P50", "P90", "P95", "P99", texts["terminal.mean"], texts["terminal.max"], "n"]]
+    for name in TABLED_METRICS:
+        figures = block.get(name)
+        if not figures or (name == "ttfe_ms" and figures == block.get("ttft_ms")):
+            continue
+        marked = [significant(figures[key]) + ("†" if key in figures["limited"] else "") for key, _ in PERCENTILES]
+        label = "%s, %s" % (texts.get("metric." + name, METRICS[name].label), METRICS[name].unit)
+        rows.append(
+            [label] + marked + [significant(figures["mean"]), significant(figures["max"]), "{:,}".format(figures["n"])]
+        )
+    return rows
+
+
+def headline_rows(block: Mapping[str, Any], tokens: Mapping[str, Any], texts: Mapping[str, str]) -> List[List[str]]:
+    """Requests, success rate and throughput of a stage."""
+    requests, throughput = block["requests"], block.get("throughput", {})
+    counts = "{success:,}/{total:,}".format(**requests)
+    extra = [
+        "%d %s" % (requests[key], texts["terminal." + key])
+        for key in ("failure", "cancelled", "dropped")
+        if requests[key]
+    ]
+    rate = "%.2f %%" % (math.floor(requests["success_rate"] * 10000) / 100) if "success_rate" in requests else "–"
+    rows = [[texts["terminal.succeeded"], counts, rate, ", ".join(extra)]]
+    for key in ("rps", "output_tokens_per_s", "steady_output_tokens_per_s"):
+        if key in throughput:
+            rows.append(
+                [texts.get("metric." + key, METRICS[key].label), significant(throughput[key]), METRICS[key].unit]
+            )
+    if "output_tokens_per_s" not in throughput and "output_chars_per_s" in throughput:
+        rows.append(
+            [texts["terminal.chars"], significant(throughput["output_chars_per_s"]), texts["terminal.chars_per_s"]]
+        )
+    rows.append([texts["terminal.wall_time"], significant(block["wall_time_ms"] / 1000.0), "s"])
+    return rows
+
+
+def summary_lines(summary: Mapping[str, Any], texts: Mapping[str, str], paint: Callable[[str, str], str]) -> List[str]:
+    """The summary as lines for a terminal."""
+    lines = [paint("bold", "%s  %s" % (summary.get("model", ""), summary.get("url", "")))]
+    for stage in summary["stages"]:
+        streams = stage["load"].get("concurrency", 1)
+        load = texts["terminal.load_one" if streams == 1 else "terminal.load"].format(streams=streams)
+        lines += ["", paint("bold", load)]
+        for row in headline_rows(stage, summary["tokens"], texts):
+            lines.append(
+                "  "
+                + padded(row[0], 22, False)
+                + " "
+                + padded(row[1], 12, True)
+                + "  "
+                + "  ".join(cell for cell in row[2:] if cell)
+            )
+        rows = metric_rows(stage, texts)
+        if len(rows) > 1:
+            table = align(rows)
+            lines += [""] + ["  " + paint("dim", table[0])] + ["  " + line for line in table[1:]]
+    lines += summary_notes(summary, texts, paint)
+    return lines
+
+
+def summary_notes(summary: Mapping[str, Any], texts: Mapping[str, str], paint: Callable[[str, str], str]) -> List[str]:
+    """What stands under the tables: the mark's meaning, missing usage, the commonest failures."""
+    lines = []
+    blocks = [stage[name] for stage in summary["stages"] for name in TABLED_METRICS if name in stage]
+    if any(block["limited"] for block in blocks):
+        lines += ["", paint("dim", "  " + texts["terminal.limited"])]
+    if summary["tokens"].get("missing") and summary["requests"]["success"]:
+        lines += ["", paint("yellow", "  " + texts["terminal.usage_missing"].format(n=summary["tokens"]["missing"]))]
+    if summary["errors"]:
+        lines += ["", paint("bold", texts["terminal.failures"])]
+        for error in summary["errors"][:5]:
+            lines.append(
+                "  " + paint("red", "%5d  %-13s" % (error["count"], error["status"])) + "  " + error["key"][:150]
+            )
+        if len(summary["errors"]) > 5:
+            lines.append("  " + texts["terminal.more_failures"].format(n=len(summary["errors"]) - 5))
+    return lines
+# ==================================================================================================
+# 13. Mock: a streaming chat server whose every pause is known
+# ==================================================================================================
+#
+# A benchmark is believed when it measures a server whose truth is known. This one speaks OpenAI chat over real loopback
+# HTTP/1.1, keeps its pauses exactly, writes down what it did and when, and fails on request in all the ways in which
+# endpoints fail. It serves 1,000 streams from one process.
+#
+# How. An answer is an iterator of writes (due, mark, bytes), made by generators that know no socket and no clock:
+#     plan -> frames (due, mark, group, SSE bytes) -> groups -> compression and chunk framing -> head in front
+# `due` counts from the start of service and is absolute (first = ttft, k-th = ttft + k x itl), so lateness never adds
+# up. A MockExchange plays the writes with one loop.call_at for each (measured with 1,000 streams: a heap and timer of
+# our own cost as much). epoll counts time-outs in whole milliseconds, so run_mock's selector waits with select on the
+# epoll descriptor, which counts in microseconds: writes are 0.1 ms late at the median instead of 0.6.
+#
+# What the options mean where it could be doubted (times in milliseconds, from the start of service: that is the time
+# at which the request was read, or with `slots` the time at which it got its slot; nothing at all is sent before it):
+#   ttft      to the first output frame, reasoning included: with reasoning=N the first content is due at ttft + N x itl
+#   batch=B   B output frames leave in one write, which is due when its first frame is: ttft stays what it says
+#   per_frame tokens in one output frame: tokens=20&per_frame=3 are 20 frames and 60 tokens. With tokens=0 the request's
+#             max_tokens (16 without) is the number of tokens, and the last frame has what is left
+#   tokens    is kept whatever max_tokens says, unless it is 0
+#   split=N   the body goes in HTTP chunks of N bytes, N bytes of wire a write: every kind of border shows up
+#   finish    with `tool` the default is tool_calls; with none and usage=finish the usage frame has a null reason
+#   jitter=J  every pause is drawn anew as pause x (1 - J + J x Exp(1)): the mean stays
+#   stall     of stall_once=AT,FOR (seconds from the server's start): time stands still for everything that is pending
+#   faults    in mid-stream come when the frame after the first half is due. `slowhead`: status line at once, the rest
+#             of the head at ttft. Faults that need a stream (garbage, error, …) leave a plain JSON answer alone
+# Usage: prompt_tokens = max(1, characters of all message texts // 4); completion_tokens = the tokens sent, reasoning
+# included.
+#
+# Truth, a line of JSON for each chat request, at GET /mock/truth and in `log`: request_id, path, status, fault,
+# received (this process had read it), started (it got its slot), head, output (first output of any kind), first and
+# last (content or tool frame), end (the write with the explicit end: finish reason or [DONE]), closed (the exchange was
+# over), all in seconds on the machine's monotonic clock, taken just before the write; tokens; late (the worst lateness
+# of its writes, in seconds).
+# What did not happen is absent.
+
+MOCK_DEFAULT_MAX_TOKENS = 16
+MOCK_HEAD_LIMIT = 1 << 16
+MOCK_CREATED = 1700000000           # a fixed date makes every frame the same in every run
+MOCK_OPEN_FILES = 1 << 16
+MOCK_START_TIMEOUT = 10.0          # seconds for a child to say where it listens
+
+MockFrame = Tuple[float, str, int, bytes]       # due, mark, group (frames of one group leave in one write), SSE bytes
+MockWrite = Tuple[float, str, bytes]            # due, mark, wire bytes
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+def mock_names(text: str) -> Tuple[str, ...]:
+    """Names between commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def mock_stall(text: str) -> Tuple[float, float]:
+    """`AT,FOR` in seconds -> (begin, length)."""
+    begin, length = map(float, text.split(","))
+    if not (0 <= begin < float("inf") and 0 <= length < float("inf")):
+        raise ValueError(text)
+    return begin, length
+
+
+def mock_fault_rates(text: str) -> Tuple[Tuple[str, float], ...]:
+    """`name:rate,…` -> ((name, rate), …); a name without a rate is certain."""
+    pairs = [name.partition(":") for name in mock_names(text)]
+    rates = tuple((name, float(rate or 1)) for name, _, rate in pairs)
+    shares = [rate for _, rate in rates]
+    if any(name not in MOCK_FAULTS for name, _ in rates) or min(shares, default=0) < 0 or not sum(shares) < 1.000001:
+        raise ValueError(text)
+    return rates
+
+
+MOCK_READERS: Dict[type, Tuple[Callable[[str], Any], str]] = {      # type of the default -> reader, what is wanted
+    bool: (lambda text: bool(("0", "1").index(text)), "0 or 1"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "text"),
+    tuple: (mock_names, "names between commas"),
+}
+
+
+def mock_option(default: Any, meaning: str, choices: Sequence[str] = (), lowest: float = 0, highest: float = 1e9,
+                read: Optional[Callable[[str], Any]] = None, wanted: str = "") -> Any:
+    """A field of MockOptions: what it means (for --help), how its text is read and what is wanted (for errors)."""
+    usual_read, usual_wanted = MOCK_READERS[type(default)]
+    numeric = type(default) in (int, float)
+
+    def checked(text: str) -> Any:
+        value = (read or usual_read)(text)
+        if (choices and value not in choices) or (numeric and not lowest <= value <= highest):
+            raise ValueError(text)
+        return value
+
+    bounds = f", at least {lowest:g}" + f" and at most {highest:g}" * (highest < 1e9)
+    wanted = wanted or ", ".join(choices) or usual_wanted + bounds * numeric
+    return dataclasses.field(default=default, metadata={"read": checked, "wanted": wanted, "meaning": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class MockOptions:
+    """What the mock server does: the keys of `mock:?key=value&…` and the flags of the mock command."""
+
+    ttft: float = mock_option(200.0, "ms from the start of service to the first output frame")
+    itl: float = mock_option(50.0, "ms between output frames")
+    tokens: int = mock_option(20, "content frames; 0: as many tokens as the request's max_tokens")
+    role: bool = mock_option(True, "send a role-only frame first")
+    role_delay: float = mock_option(0.0, "when the role-only frame is due, in ms, at most ttft")
+    reasoning: int = mock_option(0, "reasoning frames before the content")
+    reasoning_key: str = mock_option("reasoning_content", "delta key of the reasoning",
+                                     ("reasoning_content", "reasoning"))
+    think: bool = mock_option(False, "the reasoning comes as <think>…</think> inside the content")
+    tool: int = mock_option(0, "tool-call frames, instead of the content")
+    usage: str = mock_option("final", "where usage is: a last frame, the finish frame, every frame, nowhere",
+                             ("final", "finish", "every", "none"))
+    usage_asked: bool = mock_option(True, "send usage only if stream_options.include_usage asks for it")
+    done: bool = mock_option(True, "send [DONE]")
+    finish: str = mock_option("stop", "finish reason; empty: none")
+    text: str = mock_option("tok", "what the tokens look like", ("tok", "zh", "emoji", "ascii"))
+    pad: int = mock_option(0, "bytes added to every token")
+    batch: int = mock_option(1, "output frames in one write", lowest=1)
+    per_frame: int = mock_option(1, "tokens in one output frame", lowest=1)
+    framing: str = mock_option("chunked", "how the end of a stream is told", ("chunked", "length", "close", "http10"))
+    gzip: str = mock_option("0", "compress streams, asked or not", ("0", "1", "deflate"))
+    crlf: bool = mock_option(False, "end SSE lines with CR LF")
+    comments: float = mock_option(0.0, "ms between keep-alive comments before the first output; 0: none")
+    split: int = mock_option(0, "send in pieces of so many bytes; 0: whole frames")
+    slots: int = mock_option(0, "serve so many at a time, the others wait in line; 0: all")
+    jitter: float = mock_option(0.0, "share of every pause that is exponentially distributed", highest=1)
+    seed: int = mock_option(1, "seed of jitter and faults")
+    refuse: Tuple[str, ...] = mock_option((), "body fields that are answered with 400")
+    token: str = mock_option("", "bearer token that requests need, else 401")
+    models: Tuple[str, ...] = mock_option(("mock",), "ids that GET /v1/models lists")
+    keepalive: int = mock_option(-1, "close a connection after so many answers; -1: never", lowest=-1)
+    idle: float = mock_option(0.0, "close a connection, unannounced, that is idle for so many ms; 0: never")
+    cached: int = mock_option(0, "prompt tokens reported as cached")
+    stall_once: Tuple[float, ...] = mock_option((), "the server stands still once: from its second AT for FOR seconds",
+                                                read=mock_stall, wanted="AT,FOR in seconds")
+    fault: Tuple[Tuple[str, float], ...] = mock_option(
+        (), "share of requests that fail, and how", read=mock_fault_rates,
+        wanted="NAME:RATE,… with rates of at most 1 together, and names of reset, truncate, noend, stall, error, "
+               "garbage, empty, slowhead, http500, http429, http401, redirect, nothttp, html")
+    truth: int = mock_option(100000, "requests remembered for GET /mock/truth")
+    log: str = mock_option("", "file to which the truth of each request is appended")
+
+
+MOCK_FIELDS: Dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(MockOptions)}
+
+
+def mock_options(pairs: Iterable[Tuple[str, str]]) -> MockOptions:
+    """(key, text) pairs -> options. Raises UserError for an unknown key or a bad value, and does not repeat them."""
+    values = {}
+    for key, text in pairs:
+        name = key.replace("-", "_")
+        if name not in MOCK_FIELDS:
+            nearest = difflib.get_close_matches(name, MOCK_FIELDS, 1, 0.0)[0]
+            raise UserError(f"unknown mock option; the nearest known one is {nearest}")
+        known = MOCK_FIELDS[name].metadata
+        try:
+            values[name] = known["read"](text)
+        except ValueError:
+            wanted = f"{known['wanted']} ({known['meaning']})"
+            raise UserError(f"bad value for the mock option {name}; give {wanted}") from None
+    return MockOptions(**values)
+
+
+def mock_pairs(url: str) -> List[Tuple[str, str]]:
+    """`mock:?ttft=200&itl=50` -> [("ttft", "200"), ("itl", "50")]."""
+    scheme, _, query = url.partition("?")
+    if scheme not in ("mock:", "mock://"):
+        raise UserError("a mock URL begins with mock: ; write mock:?ttft=200&itl=50&tokens=20")
+    return urllib.parse.parse_qsl(query, keep_blank_values=True)
+
+
+def parse_mock_url(url: str) -> MockOptions:
+    """`mock:` or `mock:?key=value&…` -> options."""
+    return mock_options(mock_pairs(url))
+
+
+def mock_flags(url: str) -> List[str]:
+    """A mock URL, checked -> the flags of the mock command that say the same."""
+    parse_mock_url(url)
+    return [f"--{key.replace('_', '-')}={text}" for key, text in mock_pairs(url)]
+
+
+def add_mock_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the mock command: where to listen, and one flag for each option (`--role-delay`, `--role_delay`)."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0, the default, takes a free one")
+    parser.add_argument("--stdin-guard", action="store_true", help="end when standard input does")
+    for name, field in MOCK_FIELDS.items():
+        spellings = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
+        text = f"{field.metadata['meaning']} ({field.metadata['wanted']})".replace("%", "%%")
+        parser.add_argument(*spellings, dest=name, metavar="VALUE", help=text)
+
+
+def options_from_arguments(args: argparse.Namespace) -> MockOptions:
+    """Parsed flags of add_mock_arguments -> options."""
+    given = vars(args)
+    return mock_options((name, given[name]) for name in MOCK_FIELDS if given.get(name) is not None)
+
+
+# --- the plan of an answer, and what faults make of it ----------------------------------------------------------------
+
+class MockRefusal(Exception):
+    """A request that can't be taken: (status, message)."""
+
+
+class MockRequest(NamedTuple):
+    """One request that was read completely."""
+
+    method: str
+    path: str                       # without the query
+    version: str
+    headers: Dict[str, str]         # lower-case names
+    fields: Dict[str, Any]          # the JSON body, {} where there is none
+    received: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Four characters of message text make a token, and there is at least one."""
+        contents = [message.get("content") for message in self.fields.get("messages") or []]
+        parts = [part for content in contents
+                 for part in (content if isinstance(content, list) else [{"text": content}])]
+        return max(1, sum(len(part.get("text") or "") for part in parts) // 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class MockPlan:
+    """What one answer consists of: the options with the request's own numbers and its fault applied."""
+
+    options: MockOptions
+    prompt_tokens: int
+    tokens: int                     # tokens of the whole answer, reasoning included
+    reasoning: int                  # reasoning frames
+    frames: int                     # output frames, reasoning included
+    usage: str                      # as the option, and none when nobody asked
+    finish: str
+    done: bool
+    cut: bool = False               # nothing is generated after the first half
+    inserted: str = ""              # data of an SSE event that comes after the first half
+    slow_head: bool = False
+    ending: str = "keep"            # a key of MOCK_ENDINGS
+
+    @property
+    def half(self) -> int:
+        """Output frames before the fault; a cut leaves at least one."""
+        return max(int(self.cut), self.frames // 2)
+
+    @property
+    def tokens_sent(self) -> int:
+        """Tokens that a stream carries, unless the client goes first."""
+        return min(self.tokens, self.half * self.options.per_frame) if self.cut else self.tokens
+
+
+MOCK_ERROR_EVENT = json.dumps({"error": {"message": "mock failure in mid-stream", "type": "server_error",
+                                         "param": None, "code": "mock_error"}})
+
+# name -> the fields of the plan that it replaces; {} marks those that answer at once, without a stream (MOCK_REFUSALS)
+MOCK_FAULTS: Dict[str, Dict[str, Any]] = {
+    "reset": {"cut": True, "ending": "reset"},
+    "truncate": {"cut": True, "ending": "close"},
+    "noend": {"finish": "", "done": False, "usage": "none"},
+    "stall": {"cut": True, "ending": "hold"},
+    "error": {"cut": True, "inserted": MOCK_ERROR_EVENT, "finish": "", "usage": "none", "done": True},
+    "garbage": {"inserted": '{"choices": [{"delta": {"content": "half a fra'},
+    "empty": {"frames": 0, "reasoning": 0, "tokens": 0},
+    "slowhead": {"slow_head": True},
+    "http500": {}, "http429": {}, "http401": {}, "redirect": {}, "nothttp": {}, "html": {},
+}
+
+
+def plan_answer(options: MockOptions, request: MockRequest, fault: str) -> MockPlan:
+    """The plan of the answer to `request`, with `fault` ("" for none). Raises MockRefusal for a body without sense."""
+    content = options.tool or options.tokens
+    content_tokens = content * options.per_frame
+    try:
+        prompt_tokens = request.prompt_tokens
+        usage_asked = (request.fields.get("stream_options") or {}).get("include_usage")
+        max_tokens = request.fields.get("max_completion_tokens") or request.fields.get("max_tokens")
+        max_tokens = max(1, int(max_tokens or MOCK_DEFAULT_MAX_TOKENS))
+    except (AttributeError, TypeError, ValueError):
+        raise MockRefusal(400, "the body is not a chat request") from None
+    if not content:
+        content, content_tokens = -(-max_tokens // options.per_frame), max_tokens
+    plan = MockPlan(
+        options, prompt_tokens, options.reasoning * options.per_frame + content_tokens,
+        options.reasoning, options.reasoning + content,
+        options.usage if usage_asked or not options.usage_asked else "none",
+        "tool_calls" if options.tool and options.finish == "stop" else options.finish, options.done)
+    return dataclasses.replace(plan, **MOCK_FAULTS.get(fault, {}))
+
+
+def draw_fault(rates: Sequence[Tuple[str, float]], draw: float) -> str:
+    """The fault that a draw from [0, 1) falls on, or \"\".
+
+    >>> [draw_fault([("reset", 0.1), ("html", 0.2)], draw) for draw in (0.05, 0.15, 0.35)]
+    ['reset', 'html', '']
+    """
+    for name, rate in rates:
+        if draw < rate:
+            return name
+        draw -= rate
+    return ""
+
+
+# --- frames: what is said, and when it is due -------------------------------------------------------------------------
+
+MOCK_TEXTS: Dict[str, Sequence[str]] = {
+    "tok": [f" tok{number}" for number in range(256)],      # then again: so all frames are encoded once
+    "ascii": "The quick brown fox jumps over the lazy dog. ",
+    "zh": "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
+    "emoji": "😀🚀🎉🌍🔥🐍🍜🧪",
+}
+
+
+def mock_text(plan: MockPlan, first: int, last: int) -> str:
+    """The text of the output frames from `first` to before `last`."""
+    options, alphabet = plan.options, MOCK_TEXTS[plan.options.text]
+    numbers = range(first * options.per_frame, min(last * options.per_frame, plan.tokens))
+    return "".join([alphabet[number % len(alphabet)] + "x" * options.pad for number in numbers])
+
+
+def mock_tool_call(plan: MockPlan, frame: int) -> Dict[str, Any]:
+    """The piece of a tool call in one frame: name first, then arguments that add up to one JSON object."""
+    number, last = frame - plan.reasoning, frame == plan.frames - 1
+    if number == 0:
+        return {"index": 0, "id": "call_1", "type": "function",
+                "function": {"name": "lookup", "arguments": "{}" if last else ""}}
+    arguments = '{"query": "' * (number == 1) + mock_text(plan, frame, frame + 1) + '"}' * last
+    return {"index": 0, "function": {"arguments": arguments}}
+
+
+def mock_delta(plan: MockPlan, frame: int) -> Dict[str, Any]:
+    """The delta of one output frame."""
+    text = mock_text(plan, frame, frame + 1)
+    if frame >= plan.reasoning:
+        return {"tool_calls": [mock_tool_call(plan, frame)]} if plan.options.tool else {"content": text}
+    if not plan.options.think:
+        return {plan.options.reasoning_key: text}
+    return {"content": "<think>" * (frame == 0) + text + "</think>" * (frame == plan.reasoning - 1)}
+
+
+def mock_usage(plan: MockPlan, frames: int) -> Dict[str, Any]:
+    """The usage object after so many output frames; a server that leaves <think> in the text counts no reasoning."""
+    sent = min(frames * plan.options.per_frame, plan.tokens)
+    reasoning = 0 if plan.options.think else min(sent, plan.reasoning * plan.options.per_frame)
+    return {"prompt_tokens": plan.prompt_tokens, "completion_tokens": sent, "total_tokens": plan.prompt_tokens + sent,
+            "prompt_tokens_details": {"cached_tokens": min(plan.options.cached, plan.prompt_tokens)},
+            "completion_tokens_details": {"reasoning_tokens": reasoning}}
+
+
+class MockFrames:
+    """Encodes the SSE frames of a server, each kind once."""
+
+    def __init__(self, options: MockOptions) -> None:
+        self.line_end = "\r\n" if options.crlf else "\n"
+        self.comment = (": keep-alive" + 2 * self.line_end).encode()
+        self.model = (options.models or ("mock",))[0]
+        self.encoded: Dict[Tuple[str, int, int], bytes] = {}
+
+    def event(self, data: str) -> bytes:
+        """One SSE event."""
+        return f"data: {data}{self.line_end}{self.line_end}".encode()
+
+    def chunk(self, plan: MockPlan, delta: Optional[Dict[str, Any]], sent: int, finish: Optional[str] = None,
+              usage: bool = False) -> bytes:
+        """One chat.completion.chunk after `sent` output frames; without a delta `choices` is empty."""
+        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
+        chunk = {"id": "chatcmpl-mock", "object": "chat.completion.chunk", "created": MOCK_CREATED,
+                 "model": self.model, "choices": choices}
+        if usage or plan.usage == "every":
+            chunk["usage"] = mock_usage(plan, sent)
+        elif plan.usage == "final":
+            chunk["usage"] = None           # as OpenAI does on every other frame once usage was asked for
+        return self.event(json.dumps(chunk, ensure_ascii=False, separators=(",", ":")))
+
+    def output(self, plan: MockPlan, frame: int) -> bytes:
+        """One output frame; a plain content frame in the middle of an answer comes from the cache."""
+        size = plan.options.per_frame
+        plain = frame >= plan.reasoning and not plan.options.tool and (frame + 1) * size <= plan.tokens
+        if not plain or plan.usage == "every":
+            return self.chunk(plan, mock_delta(plan, frame), frame + 1)
+        key = (plan.usage, frame * size % len(MOCK_TEXTS[plan.options.text]), size)
+        if key not in self.encoded:
+            self.encoded[key] = self.chunk(plan, mock_delta(plan, frame), frame + 1)
+        return self.encoded[key]
+
+    def completion(self, plan: MockPlan) -> bytes:
+        """The whole answer as one JSON document: what the deltas of a stream add up to."""
+        deltas = [mock_delta(plan, frame) for frame in range(plan.frames)]
+        message: Dict[str, Any] = {"role": "assistant", "content": ""}
+        for key in ("content", plan.options.reasoning_key):
+            message[key] = "".join(delta.get(key, "") for delta in deltas)
+        pieces = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+        if pieces:
+            arguments = "".join(piece["function"]["arguments"] for piece in pieces)
+            message["tool_calls"] = [{**pieces[0], "function": {"name": "lookup", "arguments": arguments}}]
+        choices = [{"index": 0, "message": message, "finish_reason": plan.finish or None}]
+        completion = {"id": "chatcmpl-mock", "object": "chat.completion", "created": MOCK_CREATED,
+                      "model": self.model, "choices": choices}
+        if plan.options.usage != "none":
+            completion["usage"] = mock_usage(plan, plan.frames)
+        return json.dumps(completion).encode()
+
+
+def output_dues(options: MockOptions, chance: random.Random) -> Iterator[float]:
+    """When the output frames are due, in seconds from the start of service, without end."""
+    def pause(milliseconds: float) -> float:
+        stretch = 1 - options.jitter + options.jitter * chance.expovariate(1) if options.jitter else 1
+        return milliseconds / 1000 * stretch
+
+    due = pause(options.ttft)
+    while True:
+        write_due = due
+        for _ in range(options.batch):
+            yield write_due
+            due += pause(options.itl)
+
+
+def preface_frames(plan: MockPlan, frames: MockFrames, first_due: float) -> Iterator[MockFrame]:
+    """What comes before the first output: nothing but the head, then the role frame and comments in order."""
+    every = plan.options.comments / 1000
+    count = int(first_due / every) if every else 0
+    timed = [(number * every, frames.comment) for number in range(1, count + 1) if number * every < first_due]
+    if plan.options.role:
+        role = frames.chunk(plan, {"role": "assistant", "content": ""}, 0)
+        timed.append((min(plan.options.role_delay / 1000, first_due), role))
+    yield 0.0, "head", 0, b""
+    if plan.slow_head:
+        yield first_due, "head", 1, b""
+    for due, data in sorted(timed, key=lambda pair: pair[0]):
+        yield (first_due, "head", 1, data) if plan.slow_head else (due, "head", 0, data)
+
+
+def tail_frames(plan: MockPlan, frames: MockFrames, due: float, sent: int) -> Iterator[MockFrame]:
+    """What comes after the last output: finish reason, usage, [DONE], as far as the plan has them."""
+    mark = "end" if plan.finish or plan.done else "tail"
+    if plan.finish or plan.usage == "finish":
+        yield due, mark, 0, frames.chunk(plan, {}, sent, plan.finish or None, plan.usage == "finish")
+    if plan.usage in ("final", "every"):
+        yield due, mark, 0, frames.chunk(plan, None, sent, usage=True)
+    if plan.done:
+        yield due, mark, 0, frames.event("[DONE]")
+
+
+def stream_frames(plan: MockPlan, frames: MockFrames, chance: random.Random) -> Iterator[MockFrame]:
+    """All frames of a streamed answer in order; marks: head, reasoning, content, fault, end, tail."""
+    dues = output_dues(plan.options, chance)
+    due = next(dues)
+    yield from preface_frames(plan, frames, due)
+    inserted = frames.event(plan.inserted) if plan.inserted else b""
+    sending = plan.half if plan.cut else plan.frames
+    for frame in range(sending):
+        if inserted and frame == plan.half:
+            yield due, "fault", 0, inserted
+        mark = "reasoning" if frame < plan.reasoning else "content"
+        yield due, mark, frame // plan.options.batch, frames.output(plan, frame)
+        if frame < sending - 1 or plan.cut:
+            due = next(dues)
+    if plan.cut:
+        yield due, "fault", 0, inserted
+    if plan.ending == "keep":
+        yield from tail_frames(plan, frames, due, sending)
+
+
+# --- wire: compression, framing, head ---------------------------------------------------------------------------------
+
+MOCK_FRAMINGS = {       # option -> version, header that tells where the body ends, ending of a complete body
+    "chunked": ("HTTP/1.1", "Transfer-Encoding: chunked", "keep"),
+    "length": ("HTTP/1.1", "Content-Length: {length}", "keep"),
+    "close": ("HTTP/1.1", "Connection: close", "close"),
+    "http10": ("HTTP/1.0", "", "close"),
+}
+MOCK_CODINGS = {"0": ("", 0), "1": ("gzip", 31), "deflate": ("deflate", 15)}     # option -> name, window bits of zlib
+
+
+class MockBody:
+    """Turns body bytes into wire bytes: compression that is flushed at each write, then chunk framing."""
+
+    def __init__(self, options: MockOptions, framing: str) -> None:
+        bits = MOCK_CODINGS[options.gzip][1]
+        self.compressor = zlib.compressobj(wbits=bits) if bits else None
+        self.chunked = framing == "chunked"
+        self.split = options.split
+
+    def encode(self, data: bytes, flush: int = zlib.Z_SYNC_FLUSH) -> bytes:
+        """The wire bytes of some body bytes; none for none (an empty chunk would be the end)."""
+        if self.compressor and (data or flush == zlib.Z_FINISH):
+            data = self.compressor.compress(data) + self.compressor.flush(flush)
+        if not self.chunked or not data:
+            return data
+        return b"".join([b"%x\r\n%b\r\n" % (len(piece), piece) for piece in cut_bytes(data, self.split)])
+
+    def end(self) -> bytes:
+        """The wire bytes that end the body cleanly."""
+        return self.encode(b"", zlib.Z_FINISH) + b"0\r\n\r\n" * self.chunked
+
+
+def cut_bytes(data: bytes, size: int) -> List[bytes]:
+    """The bytes in pieces of `size`; whole when it is 0."""
+    if not size or len(data) <= size:
+        return [data]
+    return [data[at:at + size] for at in range(0, len(data), size)]
+
+
+def body_writes(frames: Iterable[MockFrame], body: MockBody, complete: bool) -> Iterator[MockWrite]:
+    """One write for each group of frames, and one that ends the body when it is to be `complete`."""
+    due = 0.0
+    for (due, mark, _), group in itertools.groupby(frames, key=lambda frame: frame[:3]):
+        yield due, mark, body.encode(b"".join([frame[3] for frame in group]))
+    ending = body.end() if complete else b""
+    if ending:
+        yield due, "tail", ending
+
+
+def with_head(pieces: Sequence[bytes], writes: Iterable[MockWrite]) -> Iterator[MockWrite]:
+    """Puts one piece of the head in front of each of the first writes."""
+    for piece, (due, mark, data) in itertools.zip_longest(pieces, itertools.islice(writes, len(pieces))):
+        yield due, mark, piece + data
+    yield from writes
+
+
+def encode_head(status: int, headers: Iterable[str], version: str = "HTTP/1.1") -> bytes:
+    """Status line and header lines; empty and repeated ones are left out."""
+    lines = [f"{version} {status} {http.HTTPStatus(status).phrase}", *dict.fromkeys(filter(None, headers))]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+class MockAnswer(NamedTuple):
+    """What is written in answer to one request, and what becomes of the connection."""
+
+    writes: Iterator[MockWrite]
+    status: int                     # 0 where it is not HTTP
+    ending: str = "keep"            # a key of MOCK_ENDINGS
+
+
+def plain_answer(status: int, body: bytes, headers: Sequence[str] = (), content_type: str = "application/json",
+                 due: float = 0.0, mark: str = "head") -> MockAnswer:
+    """A whole answer with a length, in one write."""
+    head = encode_head(status, [f"Content-Type: {content_type}", f"Content-Length: {len(body)}", *headers])
+    return MockAnswer(iter([(due, mark, head + body)]), status)
+
+
+def error_answer(status: int, message: str, headers: Sequence[str] = (), code: str = "", param: str = "") -> MockAnswer:
+    """An error in OpenAI's shape."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": param or None, "code": code or None}
+    return plain_answer(status, json.dumps({"error": error}).encode(), headers)
+
+
+# faults that answer at once: name -> headers that every answer of the connection has -> answer
+MOCK_REFUSALS: Dict[str, Callable[[List[str]], MockAnswer]] = {
+    "http500": lambda headers: error_answer(500, "mock failure", headers, "mock_error"),
+    "http429": lambda headers: error_answer(429, "mock rate limit", [*headers, "Retry-After: 1"], "rate_limit"),
+    "http401": lambda headers: error_answer(401, "mock: incorrect API key", headers, "invalid_api_key"),
+    "redirect": lambda headers: plain_answer(307, b"", ["Location: /elsewhere/v1/chat/completions", *headers]),
+    "html": lambda headers: plain_answer(200, b"<!DOCTYPE html><title>Sign in</title>", headers, "text/html"),
+    "nothttp": lambda headers: MockAnswer(iter([(0.0, "head", b"SSH-2.0-OpenSSH_9.6\r\n")]), 0, "close"),
+}
+
+
+def stream_answer(plan: MockPlan, frames: MockFrames, chance: random.Random, headers: Sequence[str],
+                  framing: str) -> MockAnswer:
+    """A streamed answer."""
+    version, length_header, ending = MOCK_FRAMINGS[framing]
+    complete = plan.ending == "keep"
+    writes = body_writes(stream_frames(plan, frames, chance), MockBody(plan.options, framing), complete)
+    length = 0
+    if framing == "length":         # the whole body must be known; one that is cut promises more than comes
+        known = list(writes)
+        length = sum(len(data) for _, _, data in known) + 1000 * (not complete)
+        writes = iter(known)
+    coding = MOCK_CODINGS[plan.options.gzip][0]
+    head = encode_head(200, ["Content-Type: text/event-stream; charset=utf-8", "Cache-Control: no-cache",
+                             length_header.format(length=length), f"Content-Encoding: {coding}" if coding else "",
+                             *headers], version)
+    first_line = head.index(b"\n") + 1
+    pieces = [head[:first_line], head[first_line:]] if plan.slow_head else [head]
+    return MockAnswer(with_head(pieces, writes), 200, ending if complete else plan.ending)
+
+
+def completion_answer(plan: MockPlan, frames: MockFrames, headers: Sequence[str]) -> MockAnswer:
+    """The answer to `"stream": false`: all of it when the last token is due."""
+    due = (plan.options.ttft + max(0, plan.frames - 1) * plan.options.itl) / 1000
+    return plain_answer(200, frames.completion(plan), headers, due=due, mark="whole")
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+def read_head(head: bytes) -> Tuple[List[str], Dict[str, str]]:
+    """Bytes before the empty line -> the words of the request line, headers with lower-case names."""
+    request_line, *lines = head.decode("latin-1").split("\r\n")
+    words = request_line.split(" ")
+    if len(words) != 3 or not words[2].startswith("HTTP/1."):
+        raise MockRefusal(400, "this is not an HTTP/1 request")
+    pairs = [line.partition(":") for line in lines]
+    return words, {name.strip().lower(): value.strip() for name, _, value in pairs}
+
+
+def read_body(body: bytes) -> Dict[str, Any]:
+    """The JSON object of a body; {} for none."""
+    try:
+        fields = json.loads(body) if body else {}
+    except ValueError:
+        raise MockRefusal(400, "the body is not JSON") from None
+    if not isinstance(fields, dict):
+        raise MockRefusal(400, "the body is not a JSON object")
+    return fields
+
+
+def read_request(buffer: bytearray, now: float) -> Optional[MockRequest]:
+    """Takes one request from the head of the buffer; None while it is not all there. Raises MockRefusal."""
+    size = buffer.find(b"\r\n\r\n")
+    if size < 0:
+        if len(buffer) > MOCK_HEAD_LIMIT:
+            raise MockRefusal(431, "the request head is too long")
+        return None
+    (method, target, version), headers = read_head(bytes(buffer[:size]))
+    length = headers.get("content-length", "0")
+    if "transfer-encoding" in headers or not length.isdigit():
+        raise MockRefusal(411, "send a Content-Length")
+    end = size + 4 + int(length)
+    if len(buffer) < end:
+        return None
+    body = bytes(buffer[size + 4:end])
+    del buffer[:end]
+    return MockRequest(method, target.partition("?")[0], version, headers, read_body(body), now)
+
+
+# --- playing ----------------------------------------------------------------------------------------------------------
+
+def stalled_due(start: float, delay: float, stall: Tuple[float, float]) -> float:
+    """start + delay on a clock that stands still during the stall (begin, end).
+
+    >>> [stalled_due(start, 2.0, (10.0, 15.0)) for start in (7.0, 9.0, 11.0, 16.0)]
+    [9.0, 16.0, 17.0, 18.0]
+    """
+    begin, end = stall
+    if start >= end or start + delay < begin:
+        return start + delay
+    return start + delay + end - max(start, begin)
+
+
+class MockExchange:
+    """One request being answered: plays the writes of its answer and notes when they were made."""
+
+    def __init__(self, server: MockServer, connection: MockConnection, answer: MockAnswer,
+                 truth: Dict[str, Any]) -> None:
+        self.server, self.connection, self.answer, self.truth = server, connection, answer, truth
+        self.write: MockWrite = (0.0, "", b"")
+        self.due = self.started = 0.0
+        self.over = False
+
+    def start(self, moment: float) -> None:
+        """Begins service; what is due counts from `moment`."""
+        self.started = self.truth["started"] = moment
+        self.advance()
+
+    def advance(self) -> None:
+        """Puts the next write on the ticker, or ends the exchange."""
+        write = next(self.answer.writes, None)
+        if write is not None:
+            self.write = write
+            self.due = stalled_due(self.started, write[0], self.server.stall)
+            self.server.loop.call_at(self.due, self.step)
+        elif self.answer.ending != "hold":
+            self.close()
+            MOCK_ENDINGS[self.answer.ending](self.connection)
+
+    def step(self) -> None:
+        """Makes the write that is due; where the peer reads too slowly, when it has caught up."""
+        if self.connection.paused:
+            self.connection.held = self.step
+        elif not self.over:
+            _, mark, data = self.write
+            self.note(mark, self.server.now())
+            self.connection.send(data)
+            self.advance()
+
+    def note(self, mark: str, now: float) -> None:
+        """Writes the moment of a write into the truth."""
+        truth = self.truth
+        truth.setdefault("head", now)
+        truth["late"] = max(truth.get("late", 0.0), now - self.due)
+        if mark in ("reasoning", "content", "whole"):
+            truth.setdefault("output", now)
+        if mark in ("content", "whole"):
+            truth.setdefault("first", now)
+            truth["last"] = now
+        if mark in ("end", "whole"):
+            truth.setdefault("end", now)
+
+    def close(self) -> None:
+        """The exchange is over, however it ended: notes it once, and lets the next one have the slot."""
+        if not self.over:
+            self.over = True
+            self.truth["closed"] = self.server.now()
+            self.server.finished(self)
+
+
+class MockConnection(asyncio.Protocol):
+    """One client connection: requests in, one at a time; writes out."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, server: MockServer) -> None:
+        self.server = server
+        self.buffer = bytearray()
+        self.exchange: Optional[MockExchange] = None
+        self.answers = 0
+        self.last = False                   # the answer being given is the last of this connection
+        self.paused = False
+        self.held: Optional[Callable[[], None]] = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begins to wait for a request."""
+        self.transport = transport          # type: ignore[assignment]
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.server.connections.add(self)
+        self.expect()
+
+    def connection_lost(self, exc: Optional[Exception]) -> None:
+        """Ends the exchange that there was."""
+        self.server.connections.discard(self)
+        if self.exchange:
+            self.exchange.close()
+
+    def data_received(self, data: bytes) -> None:
+        """Keeps what comes, and reads it unless an answer is being given."""
+        self.buffer += data
+        if not self.exchange:
+            self.read()
+
+    def pause_writing(self) -> None:
+        """The peer reads too slowly."""
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        """The peer has caught up."""
+        self.paused, held, self.held = False, self.held, None
+        if held:
+            held()
+
+    def read(self) -> None:
+        """Answers the next request if all of it is there."""
+        try:
+            request = read_request(self.buffer, self.server.now())
+        except MockRefusal as refusal:
+            self.last = True
+            self.server.play(self, error_answer(*refusal.args, headers=["Connection: close"]), {})
+            return
+        if request:
+            kept = request.headers.get("connection", "").lower() != "close" and request.version == "HTTP/1.1"
+            self.last = self.last or not kept or self.answers + 1 >= (self.server.keepalive or 1)
+            self.server.answer(request, self)
+
+    def send(self, data: bytes) -> None:
+        """Writes to the kernel, in pieces if the options say so."""
+        for piece in cut_bytes(data, self.server.options.split):
+            if piece:
+                self.transport.write(piece)
+
+    def answered(self) -> None:
+        """An answer is complete: closes the connection or turns to the next request."""
+        self.answers += 1
+        self.exchange = None
+        if self.last:
+            self.transport.close()
+        else:
+            self.expect()
+            if self.buffer:
+                self.server.loop.call_soon(self.read)
+
+    def reset(self) -> None:
+        """Closes with RST: that is what a socket does that lingers for no time."""
+        socket_option = self.transport.get_extra_info("socket").setsockopt
+        socket_option(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def expect(self) -> None:
+        """Waits for a request, with the option `idle` not for ever."""
+        idle, answers = self.server.options.idle / 1000, self.answers
+        if idle:
+            self.server.loop.call_later(idle, self.expire, answers)
+
+    def expire(self, answers: int) -> None:
+        """Closes the connection if nothing was asked since `answers` answers."""
+        if not self.exchange and self.answers == answers:
+            self.transport.close()
+
+
+MOCK_ENDINGS: Dict[str, Callable[[MockConnection], None]] = {       # "hold" has none: it lasts until the client goes
+    "keep": MockConnection.answered,
+    "close": lambda connection: connection.transport.close(),       # FIN, whatever the framing promised
+    "reset": MockConnection.reset,
+}
+
+
+class MockServer:
+    """What all connections share: options, encoded frames, slots, chance and the truth."""
+
+    def __init__(self, options: MockOptions, loop: asyncio.AbstractEventLoop) -> None:
+        self.options, self.loop = options, loop
+        self.now = loop.time                # CLOCK_MONOTONIC, as time.monotonic
+        self.frames = MockFrames(options)
+        self.keepalive = float("inf") if options.keepalive < 0 else options.keepalive
+        begin, length = options.stall_once or (0.0, 0.0)
+        self.stall = (self.now() + begin, self.now() + begin + length)
+        self.connections: Set[MockConnection] = set()
+        self.running: Set[MockExchange] = set()
+        self.waiting: Deque[MockExchange] = collections.deque()
+        self.truths: Deque[str] = collections.deque(maxlen=options.truth)
+        self.log: Optional[TextIO] = open_mock_log(options.log)
+        self.requests = 0
+
+    def answer(self, request: MockRequest, connection: MockConnection) -> None:
+        """Routes a request."""
+        headers = ["Connection: close"] if connection.last else []
+        kind = (request.method, request.path[request.path.rfind("/"):])
+        if request.path.endswith("/chat/completions") and request.method == "POST":
+            self.answer_chat(request, connection, headers)
+        elif kind == ("GET", "/models"):
+            self.play(connection, self.refusal(request, headers) or self.models_answer(headers), {})
+        elif kind == ("GET", "/truth"):
+            truth = "".join(self.truths).encode()
+            self.play(connection, plain_answer(200, truth, headers, "application/x-ndjson"), {})
+        else:
+            self.play(connection, error_answer(404, "no such path; POST /v1/chat/completions", headers), {})
+
+    def answer_chat(self, request: MockRequest, connection: MockConnection, headers: List[str]) -> None:
+        """Answers a chat request. Each draws its fault, whatever becomes of it, so that the seed fixes all."""
+        self.requests += 1
+        chance = random.Random(self.options.seed * 1000003 + self.requests)
+        fault, streams = draw_fault(self.options.fault, chance.random()), bool(request.fields.get("stream"))
+        truth = {"request_id": request.headers.get("x-request-id", f"mock-{self.requests}"), "path": request.path,
+                 "received": request.received, "status": 200, "tokens": 0}
+        headers = [f"X-Request-Id: {truth['request_id']}", *headers]
+        if fault and (streams or fault in MOCK_REFUSALS):
+            truth["fault"] = fault
+        refusal = self.refusal(request, headers)
+        if fault in MOCK_REFUSALS and not refusal:
+            refusal = MOCK_REFUSALS[fault](headers)
+        try:
+            plan = plan_answer(self.options, request, truth.get("fault", ""))
+        except MockRefusal as problem:
+            refusal = error_answer(*problem.args, headers=headers)
+        if refusal:
+            self.play(connection, refusal, {**truth, "status": refusal.status})
+            return
+        framing = self.options.framing if request.version == "HTTP/1.1" else "http10"
+        answer = (stream_answer(plan, self.frames, chance, headers, framing) if streams
+                  else completion_answer(plan, self.frames, headers))
+        self.play(connection, answer, {**truth, "tokens": plan.tokens_sent}, self.options.slots > 0)
+
+    def play(self, connection: MockConnection, answer: MockAnswer, truth: Dict[str, Any], queued: bool = False) -> None:
+        """Gives an answer on a connection, now or when there is a slot."""
+        connection.exchange = exchange = MockExchange(self, connection, answer, truth)
+        if queued:
+            self.waiting.append(exchange)
+            self.fill_slots()
+        else:
+            exchange.start(truth.get("received", self.now()))
+
+    def refusal(self, request: MockRequest, headers: List[str]) -> Optional[MockAnswer]:
+        """An error for a request without the token or with a field that is refused."""
+        if self.options.token and request.headers.get("authorization") != f"Bearer {self.options.token}":
+            return error_answer(401, "incorrect API key", ["WWW-Authenticate: Bearer", *headers], "invalid_api_key")
+        for name in self.options.refuse:
+            if name in request.fields:
+                message = f"Unrecognized request argument supplied: {name}"
+                return error_answer(400, message, headers, "unknown_parameter", name)
+        return None
+
+    def models_answer(self, headers: List[str]) -> MockAnswer:
+        """The list of models."""
+        listed = [{"id": name, "object": "model", "created": MOCK_CREATED, "owned_by": "mock"}
+                  for name in self.options.models]
+        return plain_answer(200, json.dumps({"object": "list", "data": listed}).encode(), headers)
+
+    def fill_slots(self) -> None:
+        """Starts those at the head of the line while there are slots."""
+        while self.waiting and len(self.running) < self.options.slots:
+            exchange = self.waiting.popleft()
+            if not exchange.over:           # its client may have gone while it waited
+                self.running.add(exchange)
+                exchange.start(self.now())
+
+    def finished(self, exchange: MockExchange) -> None:
+        """Keeps the truth of an exchange that is over and gives its slot to the next."""
+        if "request_id" in exchange.truth:
+            line = json.dumps(exchange.truth) + "\n"
+            self.truths.append(line)
+            if self.log:
+                self.log.write(line)
+        if self.options.slots:
+            self.running.discard(exchange)
+            self.fill_slots()
+
+    def close(self) -> None:
+        """Ends everything."""
+        for connection in list(self.connections):
+            if connection.exchange:
+                connection.exchange.close()
+            connection.transport.abort()
+        if self.log:
+            self.log.close()
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+def open_mock_log(path: str) -> Optional[TextIO]:
+    """The truth log, appended to a line at a time."""
+    try:
+        return open(path, "a", buffering=1, encoding="utf-8") if path else None
+    except OSError as error:
+        raise UserError(f"can't write the mock log: {error.strerror}; give another file to log") from None
+
+
+class MicrosecondSelector(selectors.DefaultSelector):     # type: ignore[misc, valid-type]
+    """A selector whose time-outs are exact: epoll rounds up to milliseconds, select on the epoll descriptor doesn't."""
+
+    rounds_to_milliseconds = selectors.DefaultSelector.__name__ == "EpollSelector"
+
+    def select(self, timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
+        """As in selectors."""
+        wait = timeout and timeout > 0 and self.rounds_to_milliseconds
+        if wait and not select.select([self.fileno()], [], [], timeout)[0]:
+            return []
+        return super().select(timeout)
+
+
+async def serve_mock(options: MockOptions, host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Serves until cancelled; `ready` gets the base URL once connections are accepted. Port 0 takes a free one."""
+    loop = asyncio.get_running_loop()
+    server = MockServer(options, loop)
+    try:
+        listener = await loop.create_server(lambda: MockConnection(server), host, port, backlog=4096)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"can't listen on {host}:{port}: {error}; give another --host or --port") from None
+    try:
+        address = f"[{host}]" if ":" in host else host
+        ready(f"http://{address}:{listener.sockets[0].getsockname()[1]}/v1")
+        await asyncio.Event().wait()
+    finally:
+        listener.close()
+        server.close()
+
+
+def watch_stdin(stop: Callable[[], None]) -> None:
+    """Calls `stop` when standard input ends, which it does when the parent dies, however it dies."""
+    while os.read(0, 4096):
+        pass
+    with contextlib.suppress(RuntimeError):             # the loop may have been closed already
+        stop()
+
+
+async def serve_until_told(options: MockOptions, host: str, port: int, stdin_guard: bool) -> None:
+    """Serves until SIGTERM, SIGINT or, with the guard, the end of standard input."""
+    loop = asyncio.get_running_loop()
+    serving = asyncio.ensure_future(
+        serve_mock(options, host, port, lambda url: print(f"mock server on {url}", flush=True)))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, serving.cancel)
+    if stdin_guard:
+        stop = functools.partial(loop.call_soon_threadsafe, serving.cancel)
+        threading.Thread(target=watch_stdin, args=(stop,), daemon=True).start()
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+
+
+def run_mock(options: MockOptions, host: str = "127.0.0.1", port: int = 0, stdin_guard: bool = False) -> int:
+    """The mock command: says where it listens in one line on stdout, serves until told to stop. The exit status."""
+    raise_file_limit(MOCK_OPEN_FILES)
+    loop = asyncio.SelectorEventLoop(MicrosecondSelector())
+    try:
+        loop.run_until_complete(serve_until_told(options, host, port, stdin_guard))
+        loop.run_until_complete(asyncio.sleep(0))       # aborted connections close their sockets in the next turn
+    finally:
+        loop.close()
+    return 0
+
+
+def program_path() -> str:
+    """The file to start this program from again: this module or, when it is in an archive, the archive."""
+    path = os.path.abspath(__file__)
+    while not os.path.isfile(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return path
+
+
+class MockProcess:
+    """The mock server in a process of its own, for the length of a `with`; `url` is its base URL, ending in /v1.
+
+    `flags` are those of the mock command (see mock_flags). The child watches its standard input, so it never outlives
+    us.
+    """
+
+    def __init__(self, flags: Sequence[str] = ()) -> None:
+        self.command = [sys.executable, program_path(), "mock", "--stdin-guard", *flags]
+        self.url = ""
+
+    def __enter__(self) -> MockProcess:
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        start_new_session=True)     # Ctrl-C is for us to handle, not for the server
+        try:
+            self.url = self.read_url()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def read_url(self) -> str:
+        """Waits for the line that says where the server listens."""
+        output, line = self.process.stdout.fileno(), b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(output, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):         # unbuffered, print writes the line end by itself
+                piece = os.read(output, 4096) if selector.select(MOCK_START_TIMEOUT) else b""
+                if not piece:
+                    raise UserError("the built-in mock server did not start; run the mock command to see why")
+                line += piece
+        return line.decode().split()[-1]
+
+    def __exit__(self, *_exception: object) -> None:
+        for end in (self.process.stdin.close, self.process.terminate, self.process.kill):
+            end()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
+                break
+        self.process.stdout.close()
+
+
+# ==================================================================================================
+# 14. Check: what a run needs to know before it starts
+# ==================================================================================================
+#
+# Questions that are asked of the endpoint before anything is measured, on a connection of their own
+# that no figure includes. So far there is one: which model to name when the user named none, answered
+# by the first id of the endpoint's own list. An endpoint that has no list, or refuses the token,
+# leaves nothing to guess: that is a UserError which says which flag to give, before any directory is
+# made or any prompt is sent.
+
+
+async def first_model(provider: Provider, endpoint: Endpoint, network: Network) -> str:
+    """The first id that the endpoint's model list has; raises UserError when there is none to be had."""
+    headers = [("Host", endpoint.authority), ("User-Agent", "llmbench/" + __version__), ("Accept", "application/json"),
+               ("Accept-Encoding", "identity"), ("Connection", "close")]  # fmt: skip
+    headers = replace_headers(headers + provider.authorization(endpoint), provider.config.header)
+    target = provider.models_target(endpoint)
+    try:
+        head, body = await fetch(network, encode_request("GET", target, headers), min(30.0, provider.config.timeout))
+    except RequestError as error:
+        raise UserError("GET %s failed (%s: %s); is --url right?" % (target, error.status, error)) from None
+    if head.status in (401, 403):
+        raise UserError("GET %s answers HTTP %d: the token is missing or refused; give --token" % (target, head.status))
+    try:
+        models = parse_json(body)["data"]
+        return str(models[0]["id"])
+    except (ParseError, LookupError, TypeError):
+        raise UserError("GET %s (HTTP %d) lists no model; give --model" % (target, head.status)) from None
+# ==================================================================================================
+# 15. Commands: run, report, providers, mock; main()
+# ==================================================================================================
+#
+# Flags are one table, RUN_FLAGS, from which the parser and `--help` are made and against which the
+# README is tested. A mistake of the user's is a UserError: one line on stderr, exit status 2, and
+# nothing is left behind. The value of a flag that is not known is never echoed: it may be a secret.
+#
+# `Session` is one run: it asks for the model where none was named, makes the directory last of all
+# checks, drives the Runner with signals and progress around it, and then builds every file from
+# results.jsonl alone, which is what `report DIR` does too.
+
+EXIT_OK, EXIT_GATE, EXIT_USAGE, EXIT_NO_SUCCESS, EXIT_CLIENT, EXIT_WRITE = 0, 1, 2, 3, 4, 5
+
+
+def read_duration(text: str) -> float:
+    """Seconds of `500ms`, `30s`, `5m`, `8h` or plain seconds; raises ValueError.
+
+    >>> [read_duration(text) for text in ("500ms", "1.5", "2m")]
+    [0.5, 1.5, 120.0]
+    """
+    match = re.match(r"^([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ms|s|m|h)?$", text.strip())
+    if not match:
+        raise ValueError("needs a duration such as 500ms, 30s, 5m or 8h")
+    seconds = float(match.group(1)) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}[match.group(2)]
+    if seconds <= 0:
+        raise ValueError("must be above 0")
+    return seconds
+
+
+def read_count(lowest: int) -> Callable[[str], int]:
+    """A reader of whole numbers from `lowest` on."""
+
+    def read(text: str) -> int:
+        if not re.match(r"^[0-9]{1,9}$", text.strip()) or int(text) < lowest:
+            raise ValueError("needs a whole number from %d on" % lowest)
+        return int(text)
+
+    return read
+
+
+def read_counts(text: str) -> List[int]:
+    """A list such as `1,2,4,8`."""
+    return [read_count(1)(part) for part in text.split(",")]
+
+
+def read_choice(*choices: str) -> Callable[[str], str]:
+    """A reader of one of these words."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError("needs one of %s" % ", ".join(choices))
+        return text
+
+    return read
+
+
+def read_json_object(text: str) -> Dict[str, Any]:
+    """A JSON object."""
+    try:
+        tree = json.loads(text)
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise ValueError('needs a JSON object such as {"temperature": 0}')
+    return tree
+
+
+class Flag(NamedTuple):
+    """A flag of `run`: name, reader of its value (None: a switch), the value's name, its default as shown, meaning."""
+
+    name: str
+    read: Optional[Callable[[str], Any]]
+    value: str
+    default: str
+    meaning: str
+    repeat: bool = False
+
+
+RUN_FLAGS = (
+    Flag("url", str, "URL", "", "endpoint; without a path the provider's is added, a path ending in /vN gets its last "
+         "part; mock: or mock:?ttft=200&itl=50&tokens=20 starts the built-in mock server in a process of its own"),
+    Flag("provider", str, "NAME", "openai", "the endpoint's dialect; `llmbench providers` lists them"),
+    Flag("model", str, "NAME", "the first listed", "model to ask for; by default the first id that GET …/models lists"),
+    Flag("token", str, "SECRET", "$LLMBENCH_TOKEN, then $OPENAI_API_KEY", 
+         "the secret itself, or env:NAME, file:PATH, cmd:COMMAND"),
+    Flag("concurrency", read_counts, "N[,N…]", "1", "streams in flight; a list makes one stage each"),
+    Flag("total-requests", read_count(1), "N", "max(10, 2 × concurrency)", 
+         "measured requests per stage; none when only --duration is given"),
+    Flag("duration", read_duration, "TIME", "",
+         "time per stage after which no request is started; with both, whichever comes first"),
+    Flag("grace", read_duration, "TIME", "the time-out", 
+         "how long requests in flight at the end of the duration may take before they are cancelled"),
+    Flag("warmup", read_count(0), "N", "0", "requests per stage before the measurement, at its load, not counted"),
+    Flag("max-tokens", read_count(1), "N", "256", "longest answer to ask for; a prompt's own max_tokens wins"),
+    Flag("max-tokens-field", read_choice("max_tokens", "max_completion_tokens"), "NAME", "max_tokens",
+         "how the endpoint spells it; by default found out when it refuses the first"),
+    Flag("token-mode", read_choice("usage", "chars", "disabled"), "MODE", "usage",
+         "usage takes the endpoint's own token counts, chars counts Unicode characters, disabled counts nothing"),
+    Flag("think-tags", read_choice("auto", "on", "off"), "MODE", "auto",
+         "whether <think>…</think> at the start of the content is reasoning; off leaves content alone"),
+    Flag("workload-file", str, "FILE", "built-in prompts",
+         "prompts: text (one a line) or JSONL ({\"prompt\"} or {\"messages\"}, id, max_tokens); - reads stdin"),
+    Flag("unique", None, "", "on",
+         "put a short unique prefix before each first user message, so that no prefix cache flatters the endpoint"),
+    Flag("no-unique", None, "", "", "send the prompts as they are"),
+    Flag("timeout", read_duration, "TIME", "120s", "for a whole request"),
+    Flag("connect-timeout", read_duration, "TIME", "10s", "for DNS, TCP and TLS of a new connection"),
+    Flag("ttft-timeout", read_duration, "TIME", "off", "until the first output"),
+    Flag("idle-timeout", read_duration, "TIME", "off", "between any bytes of an answer"),
+    Flag("insecure", None, "", "off", "accept any TLS certificate"),
+    Flag("ca-cert", str, "FILE", "the system's", "PEM file or directory of the CAs to trust"),
+    Flag("header", str, "'K: V'", "", "header to add, or to put in place of ours; an empty value takes it out (repeat)", True),
+    Flag("body", read_json_object, "JSON", "", "object merged into the request body; null takes a field out"),
+    Flag("end-optional", None, "", "off", "a stream may end without finish reason or end marker"),
+    Flag("count-connect", None, "", "off", "count a new connection's set-up into TTFT and latency"),
+    Flag("record-chunks", None, "", "off", "keep every output frame's time in the record, as chunk_ms"),
+    Flag("out", str, "DIR", "llmbench-MODEL-TIME", "where the four files go; never overwrites results"),
+    Flag("seed", read_count(0), "N", "0", "everything random, save the unique prefixes"),
+    Flag("progress", read_choice("auto", "bar", "lines", "none"), "MODE", "auto", "bar on a terminal, lines elsewhere"),
+    Flag("lang", read_choice("en", "zh"), "LANG", "from the locale", "language of terminal and report: en or zh"),
+)  # fmt: skip
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser with our error line, and without ever echoing what it didn't understand."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line that says what is wrong."""
+        raise UserError(message)
+
+    def parse_all(self, words: Sequence[str]) -> argparse.Namespace:
+        """As parse_args; names an unknown flag, but not its value."""
+        parsed, unknown = self.parse_known_args(list(words))
+        if unknown:
+            name = next((word.split("=")[0] for word in unknown if word.startswith("-")), "")
+            if not name:
+                raise UserError("an argument is left over; `%s --help` lists the flags" % self.prog)
+            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            raise UserError(
+                "%s is not a flag%s; `%s --help` lists them"
+                % (name, nearest("--" + name.lstrip("-"), known), self.prog)
+            )
+        return parsed
+
+
+def read_argument(flag: Flag) -> Callable[[str], Any]:
+    """The flag's reader as argparse wants it; a value that may be secret is not in the error."""
+
+    def read(text: str) -> Any:
+        try:
+            return flag.read(text)  # type: ignore[misc]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def run_parser() -> ArgumentParser:
+    """The parser of `run`, made of RUN_FLAGS. `-flag`, `--flag`, with a blank or `=`; no abbreviations."""
+    parser = ArgumentParser(
+        prog="llmbench run", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measures a streaming LLM chat endpoint; leaves results.jsonl, results.csv, summary.json, report.html.",
+        epilog="durations: 500ms, 30s, 5m, 8h, or plain seconds\nexit status: 0 done, 2 usage, 3 no request succeeded, "
+        "5 results could not be written, 130/143 interrupted",
+    )  # fmt: skip
+    for flag in RUN_FLAGS:
+        spellings = ["--" + flag.name, "-" + flag.name]
+        meaning = (flag.meaning + (" (default: %s)" % flag.default if flag.default else "")).replace("%", "%%")
+        if flag.read is None:
+            parser.add_argument(*spellings, action="store_true", default=None, help=meaning)
+        else:
+            parser.add_argument(
+                *spellings,
+                type=read_argument(flag),
+                metavar=flag.value,
+                help=meaning,
+                action="append" if flag.repeat else "store",
+            )
+    return parser
+
+
+def read_config(words: Sequence[str]) -> Config:
+    """The configuration that `run`'s arguments mean; raises UserError."""
+    given = {key: value for key, value in vars(run_parser().parse_all(words)).items() if value is not None}
+    if not given.get("url"):
+        raise UserError("--url is needed; try --url mock: for the built-in server, or --url http://HOST:PORT")
+    if given.get("unique") and given.get("no_unique"):
+        raise UserError("--unique and --no-unique exclude each other; give one")
+    if given.pop("no_unique", False):
+        given["unique"] = False
+    config = Config(**given)
+    if "lang" not in given:
+        config.lang = language_of_locale()
+    config.token = read_secret(given["token"], "--token") if "token" in given else default_token(config.url)
+    config.run_id = binascii.hexlify(os.urandom(4)).decode("ascii")
+    return config
+
+
+def language_of_locale() -> str:
+    """zh where the locale is Chinese, else en."""
+    locale = next((os.environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(name)), "")
+    return "zh" if locale.lower().startswith("zh") else "en"
+
+
+def default_token(url: str) -> str:
+    """The token of the environment; the mock server gets none."""
+    if url.startswith("mock:"):
+        return ""
+    return os.environ.get("LLMBENCH_TOKEN") or os.environ.get("OPENAI_API_KEY") or ""
+
+
+def read_secret(text: str, flag: str) -> str:
+    """A secret given as itself, env:NAME, file:PATH or cmd:COMMAND; raises UserError, which never shows it."""
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "env":
+        if not os.environ.get(rest):
+            raise UserError("%s env:%s: that variable is not set" % (flag, rest))
+        return os.environ[rest].strip()
+    if colon and kind == "file":
+        try:
+            with open(os.path.expanduser(rest), encoding="utf-8") as file:
+                return file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                "%s file:%s cannot be read: %s" % (flag, rest, getattr(error, "strerror", None) or "not text")
+            ) from None
+    if colon and kind == "cmd":
+        return secret_of_command(rest, flag)
+    return text.strip()
+
+
+def secret_of_command(command: str, flag: str) -> str:
+    """What a command prints on its first line."""
+    try:
+        answer = subprocess.run(command, shell=True, capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError("%s cmd: did not end within 60 s" % flag) from None
+    lines = answer.stdout.decode("utf-8", "replace").strip().split("\n")
+    if answer.returncode or not lines[0]:
+        raise UserError("%s cmd: ended with status %d and printed no secret" % (flag, answer.returncode))
+    return lines[0].strip()
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """The command line as it can be given again, with secrets masked; a token that only names a source is shown."""
+    shown: List[str] = []
+    secret = ""  # the flag whose value comes next
+    for word in words:
+        name, equals, value = word.partition("=")
+        bare = name.lstrip("-") if name.startswith("-") else ""
+        if secret:
+            shown.append(masked_value(secret, word))
+            secret = ""
+        elif bare in ("token", "header") and equals:
+            shown.append(name + "=" + masked_value(bare, value))
+        else:
+            secret = bare if bare in ("token", "header") else ""
+            shown.append(word)
+    return redact(" ".join(["llmbench.pyz", "run"] + [shlex.quote(word) for word in shown]))
+
+
+def masked_value(flag: str, value: str) -> str:
+    """The value of --token or --header as it may be shown."""
+    if flag == "header":
+        return mask_header(value)
+    return value if re.match(r"^(env|file|cmd):", value) else "***"
+
+
+def warn(line: str) -> None:
+    """A line on stderr that is no error."""
+    sys.stderr.write("llmbench: %s\n" % line)
+    sys.stderr.flush()
+
+
+class Session:
+    """One run from its checked configuration to its files."""
+
+    def __init__(
+        self, config: Config, url: str, prompts: Sequence[Prompt], assets: Mapping[str, bytes], words: Sequence[str]
+    ) -> None:
+        self.config = config
+        self.assets = assets
+        self.prompts = prompts
+        self.words = words
+        self.provider = make_provider(config)
+        self.endpoint = parse_url(url, self.provider)
+        self.texts = load_texts(assets, config.lang)
+        self.signal = 0
+        self.loop, self.poll = new_loop()
+        self.keeper = wake_kernel_stamps()
+
+    def run(self) -> int:
+        """Measures, writes everything and returns the exit status."""
+        config = self.config
+        try:
+            network = Network(self.endpoint, config, self.poll)
+            if not config.model:
+                config.model = self.loop.run_until_complete(first_model(self.provider, self.endpoint, network))
+            started = time.time()
+            directory = config.out or default_directory(config.model, started)
+            check_directory(directory)
+            make_directory(directory)
+            return self._measure(directory, started)
+        finally:
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.close()
+            self.keeper.close()
+
+    def _measure(self, directory: str, started: float) -> int:
+        try:
+            writer = ResultsWriter(directory)
+        except OSError as error:
+            raise UserError("--out %s cannot be written to: %s" % (directory, error.strerror or error)) from None
+        failure = ""
+        try:
+            writer.write(
+                {
+                    "llmbench": "1",
+                    "run": make_header(
+                        self.config, self.endpoint, len(self.prompts), shown_command(self.words), started
+                    ),
+                }
+            )
+            runner = self._drive(writer)
+            end: Dict[str, Any] = {"reason": runner.reason, "ended_at": iso_time(time.time())}
+            if self.provider.dialect.notes:
+                end["dialect"] = self.provider.dialect.notes
+            writer.write({"end": end})
+        except WriteError as error:
+            failure = str(error)
+        finally:
+            writer.close()
+        return self._conclude(directory, failure)
+
+    def _drive(self, writer: ResultsWriter) -> Runner:
+        """The measurement itself, with signals and progress around it."""
+        runner = Runner(self.config, self.provider, self.endpoint, self.prompts, Part(), self.poll, writer.write)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.loop.add_signal_handler(number, self._interrupt, runner, number)
+        gc.collect()
+        gc.freeze()  # what start-up made is not looked at again during the run
+        with ProgressPrinter(self.config.progress, sys.stderr, runner.progress, self.texts):
+            self.loop.run_until_complete(runner.run(plan_stages(self.config)))
+        return runner
+
+    def _interrupt(self, runner: Runner, number: int) -> None:
+        """The first signal stops the run gently, the second at once."""
+        if self.signal:
+            runner.cancel("interrupted twice")
+            return
+        self.signal = number
+        runner.stop("interrupted by " + signal.Signals(number).name)
+
+    def _conclude(self, directory: str, failure: str) -> int:
+        """Summary, report and the exit status."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.loop.remove_signal_handler(number)
+        try:
+            summary = build_outputs(directory, self.assets, warn)
+        except WriteError as error:
+            failure = failure or str(error)
+            summary = None
+        if summary is not None:
+            print_summary(summary, self.texts, directory)
+        if failure:
+            sys.stderr.write("llmbench: error: %s\n" % failure)
+            return EXIT_WRITE
+        if self.signal:
+            return 128 + self.signal
+        return EXIT_OK if summary is not None and summary["requests"]["success"] else EXIT_NO_SUCCESS
+
+
+def print_summary(summary: Mapping[str, Any], texts: Mapping[str, str], directory: str) -> None:
+    """The summary's tables on stdout, and where the files are."""
+    paint = Paint(sys.stdout)
+    for line in summary_lines(summary, texts, paint):
+        print(line)
+    end = summary.get("end") or {}
+    if end.get("reason", "done") != "done":
+        print("\n" + paint("yellow", texts["terminal.ended_early"].format(reason=end["reason"])))
+    for note in end.get("dialect", []):
+        print("\n" + note)
+    print("\n%s  %s" % (texts["terminal.report"], os.path.join(directory, REPORT)))
+
+
+def command_run(words: Sequence[str]) -> int:
+    """`run`: the benchmark."""
+    config = read_config(words)
+    if config.out is not None:
+        check_directory(config.out)
+    make_provider(config)
+    assets = load_assets()
+    prompts = read_workload(config.workload_file, [("en", assets["prompts/en.txt"]), ("zh", assets["prompts/zh.txt"])])
+    replace_headers([], config.header)
+    trouble = raise_file_limit(max(config.concurrency) + 64)
+    if trouble:
+        raise UserError(trouble)
+    if not config.url.startswith("mock:"):
+        session = Session(config, config.url, prompts, assets, words)
+        warn_without_token(config, session.endpoint)
+        return session.run()
+    with MockProcess(mock_flags(config.url)) as mock:
+        return Session(config, mock.url, prompts, assets, words).run()
+
+
+def warn_without_token(config: Config, endpoint: Endpoint) -> None:
+    """Says that requests go out without authorization, unless the endpoint is this host itself."""
+    named = any(line.lower().startswith(("authorization:", "api-key:", "x-api-key:")) for line in config.header)
+    local = endpoint.host == "localhost" or endpoint.host.startswith("127.") or endpoint.host == "::1"
+    if not (config.token or endpoint.userinfo or named or local):
+        warn("warning: no token; give --token or set LLMBENCH_TOKEN if the endpoint needs one")
+
+
+def command_report(words: Sequence[str]) -> int:
+    """`report DIR`: results.csv, summary.json and report.html again, from results.jsonl alone."""
+    parser = ArgumentParser(prog="llmbench report", allow_abbrev=False, description=command_report.__doc__)
+    parser.add_argument("directory", metavar="DIR", help="a directory that a run left")
+    parser.add_argument(
+        "--lang", type=read_argument(next(flag for flag in RUN_FLAGS if flag.name == "lang")), metavar="LANG", help="language of the terminal: en or zh"
+    )
+    given = parser.parse_all(words)
+    assets = load_assets()
+    try:
+        summary = build_outputs(given.directory, assets, warn)
+    except WriteError as error:
+        sys.stderr.write("llmbench: error: %s\n" % error)
+        return EXIT_WRITE
+    print_summary(summary, load_texts(assets, given.lang or language_of_locale()), given.directory)
+    return EXIT_OK
+
+
+def command_providers(words: Sequence[str]) -> int:
+    """`providers`: the registered providers and what each expects."""
+    ArgumentParser(prog="llmbench providers", allow_abbrev=False, description=command_providers.__doc__).parse_all(
+        words
+    )
+    for name, provider in sorted(PROVIDERS.items()):
+        print("%-12s %s" % (name, provider.summary))
+    return EXIT_OK
+
+
+def command_mock(words: Sequence[str]) -> int:
+    """`mock`: the built-in mock LLM server."""
+    parser = ArgumentParser(prog="llmbench mock", allow_abbrev=False, description=command_mock.__doc__)
+    add_mock_arguments(parser)
+    given = parser.parse_all(words)
+    return run_mock(options_from_arguments(given), given.host, given.port, given.stdin_guard)
+
+
+COMMANDS: Dict[str, Tuple[Callable[[Sequence[str]], int], str]] = {
+    "run": (command_run, "the benchmark (the default)"),
+    "report": (command_report, "build summary.json, results.csv and report.html again from results.jsonl alone"),
+    "mock": (command_mock, "the built-in mock LLM server"),
+    "providers": (command_providers, "the registered providers and what each expects"),
+}
+
+
+def general_help() -> str:
+    """What `llmbench --help` prints."""
+    lines = ["usage: llmbench [COMMAND] [flags]", "", "commands:"]
+    lines += ["  %s  %s" % (padded(row, 10, False), meaning) for row, (_, meaning) in COMMANDS.items()]
+    return "\n".join(
+        lines
+        + ["", "`llmbench COMMAND --help` lists a command's flags.", "first try:  llmbench run --url mock: --out out"]
+    )
+
+
+def dispatch(words: Sequence[str]) -> int:
+    """Runs the command that the arguments name; raises UserError."""
+    if words and words[0] in ("--version", "-version"):
+        print("llmbench " + __version__)
+        return EXIT_OK
+    if not words or words[0] in ("--help", "-help", "-h"):
+        print(general_help())
+        return EXIT_OK if words else EXIT_USAGE
+    if words[0].startswith("-"):
+        return command_run(words)
+    if words[0] not in COMMANDS:
+        raise UserError(
+            "%r is not a command%s; `llmbench --help` lists them" % (words[0][:40], nearest(words[0], COMMANDS))
+        )
+    return COMMANDS[words[0]][0](words[1:])
+
+
+def main(words: Optional[Sequence[str]] = None) -> int:
+    """The program: returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an ASCII locale must not end a run with a UnicodeEncodeError
+            stream.reconfigure(errors="replace" if "utf" in (stream.encoding or "").lower() else "backslashreplace")
+    try:
+        status = dispatch(sys.argv[1:] if words is None else words)
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        sys.stderr.write("llmbench: error: %s\n" % error)
+        return EXIT_USAGE
+    except BrokenPipeError:  # `llmbench … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,411 @@
+"""Records, summary and files: what is written, what is read back, what is refused, and that no secret is among it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+import llmbench
+from conftest import ROOT
+from made_records import made_run, record, write_lines
+
+OUTPUTS = ("results.csv", "summary.json", "report.html")
+SECRET = "sk-4f9aQz71/+xyz"
+ASSETS = llmbench.load_assets()
+
+
+def build(directory, notices=None):
+    return llmbench.build_outputs(str(directory), ASSETS, ([] if notices is None else notices).append)
+
+
+def read_csv(directory):
+    data = (directory / "results.csv").read_bytes()
+    return list(csv.reader(data.decode("utf-8-sig").splitlines()))
+
+
+# --- results.jsonl: written -------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_one_object_and_ends_in_a_newline():
+    line = llmbench.encode_line({"a": "中\n\u2028", "b": [1, None]})
+    assert line.count(b"\n") == 1 and line.endswith(b"\n") and "中".encode() in line
+    assert json.loads(line) == {"a": "中\n\u2028", "b": [1, None]}
+
+
+def test_half_a_character_does_not_end_the_run():
+    assert json.loads(llmbench.encode_line({"a": "x\ud800y"})) == {"a": "x?y"}
+
+
+def test_each_line_is_appended_with_one_write(tmp_path, monkeypatch):
+    first, second = llmbench.ResultsWriter(str(tmp_path)), llmbench.ResultsWriter(str(tmp_path))
+    written, write = [], os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: (written.append(data), write(descriptor, data))[1])
+    for number in range(6):
+        (first, second)[number % 2].write({"number": number})
+    first.close()
+    second.close()
+    assert len(written) == 6
+    numbers = [json.loads(line)["number"] for line in (tmp_path / "results.jsonl").read_bytes().splitlines()]
+    assert numbers == list(range(6))
+
+
+def test_a_full_disk_is_a_write_error(tmp_path, monkeypatch):
+    writer = llmbench.ResultsWriter(str(tmp_path))
+    monkeypatch.setattr(os, "write", lambda descriptor, data: len(data) - 1)
+    with pytest.raises(llmbench.WriteError, match=r"results\.jsonl could not be written: No space left"):
+        writer.write({"a": 1})
+
+
+@pytest.mark.xfail(strict=True, reason="what is written after a line that was cut off makes both unreadable")
+def test_after_a_line_that_was_cut_off_nothing_is_written(tmp_path, monkeypatch):
+    """A disk that was full for a moment must cost the last line, not the file: `report` refuses a bad line in the middle."""
+    writer, write = llmbench.ResultsWriter(str(tmp_path)), os.write
+    writer.write({"number": 0})
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[: len(data) // 2]))
+    with pytest.raises(llmbench.WriteError):
+        writer.write({"number": 1})
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(llmbench.WriteError):
+        writer.write({"number": 2})
+    assert list(llmbench.read_lines(writer.path, lambda notice: None)) == [{"number": 0}]
+
+
+# --- results.jsonl: read ----------------------------------------------------------------------------------------------
+
+
+def read(tmp_path, data):
+    path, notices = tmp_path / "results.jsonl", []
+    path.write_bytes(data)
+    return list(llmbench.read_lines(str(path), notices.append)), notices
+
+
+def test_lines_are_read_in_order(tmp_path):
+    assert read(tmp_path, b'{"a":1}\n{"b":"\xe2\x80\xa8"}\n') == ([{"a": 1}, {"b": "\u2028"}], [])
+
+
+@pytest.mark.parametrize("tail", [b"{", b'{"request_id":"x","sta', b'{"a":"\xe4\xb8', b"{}x", b"17", b" "])
+def test_a_last_line_that_was_cut_off_is_left_out_with_a_notice(tmp_path, tail):
+    lines, notices = read(tmp_path, b'{"a":1}\n' + tail)
+    assert lines == [{"a": 1}]
+    assert len(notices) == 1 and "last line" in notices[0] and "results.jsonl" in notices[0]
+
+
+def test_a_last_line_without_its_newline_counts_when_it_is_whole(tmp_path):
+    assert read(tmp_path, b'{"a":1}\n{"b":2}') == ([{"a": 1}, {"b": 2}], [])
+
+
+@pytest.mark.parametrize("line", [b"{", b"", b"garbage", b"[1]", b"null", b'{"a":"\xff"}', b'{"a":1}{"b":2}'])
+def test_a_bad_line_in_the_middle_is_named_by_its_number(tmp_path, line):
+    with pytest.raises(llmbench.UserError, match=r"results\.jsonl line 2 ") as caught:
+        read(tmp_path, b'{"a":1}\n' + line + b'\n{"b":2}\n')
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name,said", [("empty", "empty"), ("missing", "cannot be read"), ("folder", "cannot be read")])
+def test_a_file_without_lines_is_one_line(tmp_path, name, said):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(llmbench.UserError, match=said):
+        list(llmbench.read_lines(str(tmp_path / name), print))
+
+
+FOREIGN = {
+    "no stage": {"request_id": "x", "phase": "measure", "status": "ok"},
+    "no status": {"request_id": "x", "phase": "measure", "stage": 0},
+    "no phase": {"request_id": "x", "stage": 0, "status": "ok"},
+    "a figure that is a text": record(latency_ms="fast"),
+    "a header that is a text": {"llmbench": "1", "run": "x"},
+    "an audit that is a number": {"audit": 7},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.xfail(strict=True, reason="a line that is JSON but no record ends in a traceback")
+def test_a_line_that_is_json_but_no_record_is_named_by_its_number(tmp_path, name):
+    write_lines(tmp_path, [*made_run(n=3)[:2], FOREIGN[name], record()])
+    with pytest.raises(llmbench.UserError, match="line 3"):
+        build(tmp_path)
+
+
+# --- the files that are made of it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_the_files_are_functions_of_the_lines(tmp_path, stages):
+    """The same lines in another directory, at another time, give the same bytes."""
+    lines, made = made_run(stages=stages), []
+    for name in ("first", "second"):
+        directory = write_lines(tmp_path / name, lines)
+        build(directory)
+        made.append({output: (directory / output).read_bytes() for output in OUTPUTS})
+        time.sleep(0.01)
+    assert made[0] == made[1]
+
+
+def test_building_again_gives_the_same_bytes_and_touches_no_record(tmp_path):
+    write_lines(tmp_path, made_run())
+    before = (tmp_path / "results.jsonl").read_bytes()
+    build(tmp_path)
+    first = [(tmp_path / name).read_bytes() for name in OUTPUTS]
+    build(tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in OUTPUTS] == first
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(("results.jsonl", *OUTPUTS))
+
+
+def test_the_returned_summary_is_the_written_one(tmp_path):
+    write_lines(tmp_path, made_run(stages=2))
+    made = build(tmp_path)
+    text = (tmp_path / "summary.json").read_text(encoding="utf-8")
+    assert json.loads(text) == json.loads(json.dumps(made))
+    assert "测试-model" in text and "NaN" not in text and "Infinity" not in text and text.endswith("}\n")
+
+
+@pytest.mark.parametrize("lines", [
+    made_run()[:1], made_run()[:2], made_run()[:-1], [*made_run()[:1], record(status="timeout")],
+    [*made_run()[:1], record(status="cancelled", start_ms=None)], [*made_run()[:1], made_run()[-1]],
+], ids=["header", "warm-up", "no end", "a failure", "cancelled before its start", "header and end"])  # fmt: skip
+def test_a_run_that_was_cut_off_early_still_gives_all_files(tmp_path, lines):
+    write_lines(tmp_path, lines)
+    summary = build(tmp_path)
+    assert all((tmp_path / name).stat().st_size for name in OUTPUTS)
+    assert ("end" in summary) == any("end" in line for line in lines)
+
+
+def test_a_last_line_that_was_cut_off_changes_nothing_but_a_notice(tmp_path):
+    whole, cut, notices = write_lines(tmp_path / "whole", made_run()[:-1]), write_lines(tmp_path / "cut", made_run()[:-1]), []
+    with open(cut / "results.jsonl", "ab") as file:
+        file.write(b'{"request_id":"cafe0001-0-99","status":"o')
+    build(whole)
+    build(cut, notices)
+    assert len(notices) == 1
+    for name in ("results.csv", "summary.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("data", [b"", b"no json\n{}\n", None])
+def test_where_nothing_can_be_read_nothing_is_left(tmp_path, data):
+    if data is not None:
+        (tmp_path / "results.jsonl").write_bytes(data)
+    with pytest.raises(llmbench.UserError):
+        build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "results.jsonl"] == []
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_file_that_cannot_be_written_is_a_write_error_and_leaves_no_half(tmp_path, name):
+    write_lines(tmp_path, made_run())
+    (tmp_path / name).mkdir()
+    with pytest.raises(llmbench.WriteError, match=name.replace(".", r"\.")):
+        build(tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), llmbench.WholeFile(str(path)) as file:
+        file.write("half")
+        assert path.read_text() == "old"
+        raise RuntimeError
+    assert path.read_text() == "old" and not list(tmp_path.glob("*.part"))
+
+
+# --- results.csv ------------------------------------------------------------------------------------------------------
+
+
+def test_the_csv_opens_in_a_spreadsheet(tmp_path):
+    write_lines(tmp_path, made_run(n=5))
+    build(tmp_path)
+    data = (tmp_path / "results.csv").read_bytes()
+    assert data.startswith(b"\xef\xbb\xbfrequest_id,prompt_id,phase,") and data.count(b"\r\n") == 1 + 6
+    assert "中文" in data.decode("utf-8")
+    names, *rows = read_csv(tmp_path)
+    assert {len(row) for row in rows} == {len(names)}
+    assert not set(names) & {"itl_hist", "chunk_ms", "first_content_raw", "final_frame_raw", "error_raw"}
+    assert {"ttft_ms", "status", "out_tokens", "itl_max_ms", "err"} <= set(names)
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "=cmd|' /C calc'!A0"])
+def test_a_text_that_a_spreadsheet_would_run_gets_an_apostrophe(text):
+    assert llmbench.csv_cell(text) == "'" + text
+
+
+@pytest.mark.parametrize("value", ["a=b", "", "'=1", "你好", -5, -1.5, 0, True, None, "HTTP 500: x"])
+def test_other_cells_stay_as_they_are(value):
+    assert llmbench.csv_cell(value) is value
+
+
+def test_every_cell_of_the_csv_is_guarded_and_numbers_stay_numbers(tmp_path):
+    write_lines(tmp_path, [*made_run()[:1], record(prompt_id="=HYPERLINK(1)", err="@x", queue_ms=-0.5, lag_ms=None)])
+    build(tmp_path)
+    names, row = read_csv(tmp_path)
+    cells = dict(zip(names, row))
+    assert (cells["prompt_id"], cells["err"], cells["queue_ms"], cells["lag_ms"]) == ("'=HYPERLINK(1)", "'@x", "-0.5", "")
+
+
+# --- the output directory ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", *OUTPUTS])
+def test_results_are_never_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(llmbench.UserError, match=f"already holds {name}"):
+        llmbench.check_directory(str(tmp_path))
+
+
+def test_an_empty_a_new_and_a_deep_directory_are_fine_and_nothing_is_made(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for path in (str(tmp_path), str(tmp_path / "a/b/c"), "new", "./a/../b", "中文"):
+        llmbench.check_directory(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("path", ["file", "file/below"])
+def test_a_file_is_no_directory(tmp_path, path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(llmbench.UserError, match=r"^--out "):
+        llmbench.check_directory(str(tmp_path / path))
+        llmbench.make_directory(str(tmp_path / path))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_may_not_be_written_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(llmbench.UserError, match="cannot be written to"):
+        llmbench.check_directory(str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("model,name", [
+    ("gpt-4o", "gpt-4o"), ("Qwen/Qwen2.5-7B", "Qwen_Qwen2.5-7B"), ("../../etc/passwd", "etc_passwd"), ("a b\n\x1b[2Jc", "a_b_2Jc"),
+    ("", "model"), ("..", "model"), ("/", "model"), ("m" * 300, "m" * 60), ("模型", "model"),
+])  # fmt: skip
+def test_the_default_directory_is_a_plain_name(model, name):
+    made = llmbench.default_directory(model, 0.0)
+    assert made.startswith(f"llmbench-{name}-") and "/" not in made and made.isprintable()
+
+
+# --- the header -------------------------------------------------------------------------------------------------------
+
+
+def header_of(*words, url="https://user:p%40ss%2Fword@host:8443/v1?api-key=qk-778899&x=1"):
+    """The header that a run with these words would write, as text and as a tree."""
+    words = ["--url", url, "--model", "m", *words]
+    config = llmbench.read_config(words)
+    endpoint = llmbench.parse_url(config.url, llmbench.make_provider(config))
+    tree = llmbench.make_header(config, endpoint, 3, llmbench.shown_command(words), 0.0)
+    return llmbench.encode_line(tree).decode("utf-8"), tree
+
+
+LEAKS = {
+    "--token": ["--token", SECRET],
+    "--token=": [f"--token={SECRET}"],
+    "-token": ["-token", SECRET],
+    "-token=": [f"-token={SECRET}"],
+    "--header Authorization": ["--header", f"Authorization: Bearer {SECRET}"],
+    "--header=Authorization": [f"--header=Authorization: {SECRET}"],
+    "-header x-api-key": ["-header", f"x-api-key:{SECRET}"],
+    "--header Cookie": ["--header", f"Cookie: session={SECRET}"],
+    "--header with a bearer": ["--header", f"X-Forwarded-Auth-Info: Bearer {SECRET}"],
+    "the token once more": ["--token", SECRET, "--body", json.dumps({"user": f"me {SECRET}"})],
+    "cmd:": ["--token", f"cmd:echo {SECRET}"],
+}
+WANTED = {
+    "a plain header with a bearer": ["--header", f"X-Upstream: Bearer {SECRET}"],
+    "a plain header with the token": ["--token", SECRET, "--header", f"X-Tenant: {SECRET}"],
+    "--body": ["--body", json.dumps({"api_key": SECRET, "n": 1})],
+    "--body, nested": ["--body=" + json.dumps({"extra": [{"access_token": SECRET}]})],
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_the_header_holds_no_secret(name):
+    text, tree = header_of(*LEAKS[name])
+    assert SECRET not in text and json.dumps(SECRET)[1:-1] not in text
+    assert "***" in tree["command"] or "cmd:" in name
+
+
+@pytest.mark.parametrize("name", WANTED)
+@pytest.mark.xfail(strict=True, reason="config.header is masked by name only; the command shows --body as it was given")
+def test_the_header_holds_no_secret_of_other_headers_and_bodies(name):
+    text, _ = header_of(*WANTED[name])
+    assert SECRET not in text
+
+
+def test_the_header_shows_no_password_and_no_query_key_of_the_url():
+    text, tree = header_of()
+    for hidden in ("p%40ss", "p@ss", "word@", "qk-778899"):
+        assert hidden not in text
+    assert tree["url"] == "https://host:8443/v1/chat/completions?api-key=***&x=1"
+
+
+@pytest.mark.parametrize("password", ["p@ss-word-9", "pa'ss-word-9"])
+@pytest.mark.xfail(strict=True, reason="the command is redacted after quoting, and a password up to its first @ only")
+def test_the_command_shows_no_part_of_an_odd_password(password):
+    text, _ = header_of(url=f"https://user:{password}@host/v1")
+    assert "ss-word-9" not in text
+
+
+def test_what_is_no_secret_is_in_the_header():
+    text, tree = header_of("--max-tokens", "77", "--header", "X-Team: blue", "--body", '{"temperature": 0, "max_tokens": 5}')
+    config = tree["config"]
+    assert (config["max_tokens"], config["header"], config["token_mode"]) == (77, ["X-Team: blue"], "usage")
+    assert config["body"] == {"temperature": 0, "max_tokens": 5}
+    assert config["token"] == "" and "77" in tree["command"] and "X-Team: blue" in text
+    assert tree["started_at"] == "1970-01-01T00:00:00.000000Z"
+    assert {"host", "address", "os", "arch", "python", "utc_offset", "tool_version", "run_id", "provider"} <= set(tree)
+
+
+@pytest.mark.parametrize("words", [
+    ["--token", "1234", "--body", '{"seed": 12345}'],
+    ["--token", "null", "--body", '{"stop": [null, "null"]}'],
+    ["--body", json.dumps({"note": 'see http://h/?key=a"b'})],
+])  # fmt: skip
+@pytest.mark.xfail(strict=True, reason="the body is redacted as text and may be no JSON any more: a traceback")
+def test_redacting_a_body_leaves_it_json(words):
+    assert header_of(*words)[1]["config"]["body"]
+
+
+# --- assets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", llmbench.ASSETS)
+def test_every_asset_is_there(name):
+    assert ASSETS[name] == (ROOT / "assets" / name).read_bytes() != b""
+
+
+# --- size -------------------------------------------------------------------------------------------------------------
+
+BIG = """
+import resource, sys, llmbench
+llmbench.build_outputs(sys.argv[1], llmbench.load_assets(), print)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.long
+def test_two_hundred_thousand_records_are_summarised_in_bounded_memory_and_time(tmp_path):
+    head, *_ = made_run(n=1)
+    draw = random.Random(5)
+    with open(tmp_path / "results.jsonl", "wb") as file:
+        file.write(llmbench.encode_line(head))
+        for number in range(200000):
+            start = number * 5.0
+            line = record(start, start + draw.uniform(50, 900), start + 1000.0, 30, request_id="cafe0001-0-%d" % number)
+            line.update(itl_hist={"%d" % (800 + number % 50): 29}, itl_sum_ms=870.0, itl_min_ms=20.0, itl_max_ms=40.0)
+            file.write(llmbench.encode_line(line))
+    began = time.monotonic()
+    command = [sys.executable, "-c", BIG, str(tmp_path)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=str(ROOT))
+    scale = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stdout) * scale < 400e6
+    assert time.monotonic() - began < 60
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["requests"]["success"] == 200000

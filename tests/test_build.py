@@ -1,0 +1,236 @@
+"""The archive, the image and what is shipped with them: does it run where nothing may be installed or written?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import llmbench
+from conftest import ROOT, SUPPORTED, TOO_OLD, interpreter
+
+
+def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in an environment of the PATH and these variables alone."""
+    variables = {"PATH": os.environ["PATH"], "PYTHONIOENCODING": "utf-8", **environment}
+    pipe = subprocess.PIPE
+    return subprocess.run(command, cwd=str(cwd), env=variables, stdout=pipe, stderr=pipe, text=True, timeout=60)
+
+
+# The archive
+
+
+def pack(target: Path, umask: int, cwd: Path) -> str:
+    """Packs an archive in a process of its own; gives its sha256."""
+    script = "import os, sys; from pathlib import Path; import build; os.umask({}); build.pack(Path(sys.argv[1]))"
+    done = run([sys.executable, "-c", script.format(umask), str(target)], cwd, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    return hashlib.sha256(target.read_bytes()).hexdigest()
+
+
+def test_the_same_sources_give_the_same_bytes(tmp_path: Path) -> None:
+    first = pack(tmp_path / "first.pyz", 0o022, ROOT)
+    second = pack(tmp_path / "second.pyz", 0o077, tmp_path)
+    assert first == second
+    assert stat.S_IMODE((tmp_path / "second.pyz").stat().st_mode) == 0o755, "the umask must not make it unreadable"
+
+
+def test_a_failed_build_leaves_the_old_archive_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import build
+
+    target = tmp_path / "llmbench.pyz"
+    target.write_bytes(b"old")
+    monkeypatch.setattr(build, "contents", lambda: {"llmbench.py": None})
+    with pytest.raises(TypeError):
+        build.pack(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["llmbench.pyz"]
+    assert target.read_bytes() == b"old"
+
+
+def test_the_archive_holds_the_program_its_assets_and_the_licences(pyz: Path) -> None:
+    hidden = re.compile(r"(^|/)(\.|__pycache__)|~$")
+    assets = [path.relative_to(ROOT).as_posix() for path in (ROOT / "assets").rglob("*") if path.is_file()]
+    with zipfile.ZipFile(str(pyz)) as archive:
+        names = archive.namelist()
+        assert archive.read("llmbench.py") == (ROOT / "llmbench.py").read_bytes()
+    assert names == sorted(["LICENSE", "__main__.py", "llmbench.py", *(n for n in assets if not hidden.search(n))])
+    assert {"assets/licenses/echarts-LICENSE", "assets/licenses/zrender-LICENSE"} <= set(names)
+
+
+def test_the_archive_can_be_executed_by_its_path(pyz: Path, tmp_path: Path) -> None:
+    assert pyz.read_bytes().startswith(b"#!/usr/bin/env python3\n")
+    assert run([str(pyz), "--version"], tmp_path).stdout.strip() == f"llmbench {llmbench.__version__}"
+
+
+@pytest.mark.parametrize("version", SUPPORTED)
+def test_it_runs_on_every_supported_python(version: str, pyz: Path, tmp_path: Path) -> None:
+    done = run([interpreter(version), str(pyz), "--version"], tmp_path)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, f"llmbench {llmbench.__version__}", "")
+
+
+@pytest.mark.parametrize("version", TOO_OLD)
+def test_an_older_python_is_refused_in_one_line(version: str, pyz: Path, tmp_path: Path) -> None:
+    done = run([interpreter(version), str(pyz), "run", "--url", "mock:"], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"llmbench: error: needs Python 3.7 or newer, this is Python {version} ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("version", ["3.7", "3.8", "3.13"])  # 3.8 is the last whose archive path is relative
+@pytest.mark.parametrize("home", ["unset", "missing", "read-only"])
+def test_it_needs_no_home_and_writes_nowhere(home: str, version: str, pyz: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "home").mkdir(mode=0o555)
+    homes = {"unset": {}, "missing": {"HOME": "/nonexistent"}, "read-only": {"HOME": str(tmp_path / "home")}}
+    archive = os.path.relpath(str(pyz), str(tmp_path / "elsewhere"))  # as typed at a prompt
+    done = run([interpreter(version), archive, "providers"], tmp_path / "elsewhere", **homes[home])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "openai" in done.stdout
+    assert not list((tmp_path / "elsewhere").iterdir()), "left something in the working directory"
+    assert not list((tmp_path / "home").iterdir()), "left something in the home directory"
+
+
+def test_a_module_of_the_same_name_on_the_path_is_not_run(pyz: Path, tmp_path: Path) -> None:
+    (tmp_path / "llmbench.py").write_text("raise SystemExit('the wrong one')\n")
+    done = run([sys.executable, str(pyz), "--version"], tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.stdout.strip() == f"llmbench {llmbench.__version__}", done.stderr
+
+
+# build.py's command line
+
+
+@pytest.mark.parametrize("arguments", [["biuld"], ["--lnog"], ["clean", "all"]])
+def test_a_mistyped_build_command_does_nothing(arguments: list[str]) -> None:
+    done = run([sys.executable, str(ROOT / "build.py"), *arguments], ROOT)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_arguments_that_are_not_its_own_go_to_pytest_in_order() -> None:
+    import build
+
+    options, further = build.parser().parse_known_args(["test", "-k", "name", "--long", "tests/test_sse.py", "-x"])
+    assert (options.command, options.long, further) == ("test", True, ["-k", "name", "tests/test_sse.py", "-x"])
+
+
+def test_a_failed_check_fails_the_run_though_the_tests_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    import build
+
+    monkeypatch.setattr(build, "run_tools", lambda commands: 3)
+    monkeypatch.setattr(build, "build", lambda: 0)
+    monkeypatch.setattr(build.subprocess, "call", lambda command, cwd: 0)
+    assert build.test([], long=False) == 3
+
+
+# The image
+
+
+def find_hadolint() -> str | None:
+    """A Dockerfile linter, where one is installed."""
+    return shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+
+
+def test_the_dockerfile_has_no_lint() -> None:
+    hadolint = find_hadolint()
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    done = run([hadolint, "Dockerfile"], ROOT)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_image_is_not_root_and_needs_no_shell() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    steps = dict(line.split(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", steps["USER"]), "a name: who starts it cannot tell that it is not root"
+    for step in ("ENTRYPOINT", "CMD"):
+        assert isinstance(json.loads(steps[step]), list), f"{step} in shell form; the base has no shell"
+    assert "RUN" not in steps, "would need emulation to build for the other architecture"
+
+
+def test_the_build_context_is_the_archive_alone() -> None:
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == ["*", "!dist/llmbench.pyz"]
+
+
+# What others wrote, and what must not leave this machine
+
+
+def vendored() -> dict[str, str]:
+    """The table of assets/VENDORED.md: file -> sha256."""
+    text = (ROOT / "assets" / "VENDORED.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^\| (\S+) \|.*\| ([0-9a-f]{64}) \|$", text, re.MULTILINE))
+
+
+def test_vendored_files_are_as_they_were_taken() -> None:
+    actual = {name: hashlib.sha256((ROOT / "assets" / name).read_bytes()).hexdigest() for name in vendored()}
+    assert actual == vendored()
+
+
+def test_every_vendored_file_is_in_the_table() -> None:
+    licences = {path.relative_to(ROOT / "assets").as_posix() for path in (ROOT / "assets" / "licenses").iterdir()}
+    assert set(vendored()) == licences | {"echarts.min.js"}
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_built_in_prompts_are_many_different_and_clean(language: str) -> None:
+    prompts = (ROOT / "assets" / "prompts" / f"{language}.txt").read_text(encoding="utf-8").splitlines()
+    assert len(prompts) == len(set(prompts)) >= 40
+    assert all(prompt and prompt == prompt.strip() for prompt in prompts)
+
+
+MUST_NOT_LEAVE = {
+    "a package registry": re.compile(r"pypi\.org|pythonhosted\.org|npmjs\.(?:org|com)|deb\.debian\.org"),
+    "a path of one machine": re.compile(r"(?<![\w.$}/-])/(?:[r]oot|[w]ork|[h]ome/\w+)(?![\w-])"),
+}
+
+
+def leaks(text: str) -> list[str]:
+    """What in a text belongs to the machine it was written on."""
+    return [f"{what}: {found.group()}" for what, pattern in MUST_NOT_LEAVE.items() for found in pattern.finditer(text)]
+
+
+def project_files() -> list[Path]:
+    """The tracked files, or all of them outside a git checkout, less what others wrote."""
+    listing = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT)
+    names = listing.stdout.split("\0") if listing.returncode == 0 else []
+    found = [ROOT / name for name in names if name] or [ROOT / "build.py", *(ROOT / "tests").rglob("*.py")]
+    others = {ROOT / "assets" / name for name in vendored()}
+    return [path for path in found if path.is_file() and path not in others]
+
+
+def test_no_registry_and_no_path_of_one_machine_is_in_the_project() -> None:
+    found = {}
+    for path in project_files():
+        try:
+            problems = leaks(path.read_bytes().decode("utf-8"))
+        except UnicodeDecodeError:
+            continue
+        if problems:
+            found[str(path.relative_to(ROOT))] = problems
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "leaking"),
+    [
+        ("open('/{}/x')", "root"),
+        ("cd /{}/main", "work"),
+        ("--ca-cert=/{}", "home/someone/ca.pem"),
+        ("https://files.python{}/", "hosted.org"),
+        ("http://host/{}/", "work"),
+        ("ROOT / 'a/{}'", "root"),
+        ("/{}er/llm", "work"),
+    ],
+)
+def test_the_search_for_leaks_finds_them_and_nothing_else(text: str, leaking: str) -> None:
+    harmless = text.startswith(("http://host", "ROOT", "/{}er"))
+    assert bool(leaks(text.format(leaking))) is not harmless

@@ -1,0 +1,507 @@
+"""The report: its figures are the summary's, its charts hold every sample, and what an endpoint sent stays text."""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import functools
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+from array import array
+from html.parser import HTMLParser
+
+import pytest
+import report_data
+
+import llmbench
+from conftest import ROOT
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM_FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                  "--hide-scrollbars")
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028\u2029\x00\ud800\"'&<!--`**x**`"
+
+
+@functools.lru_cache(maxsize=1)
+def assets():
+    """The report's assets, name to bytes."""
+    folder = ROOT / "assets"
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@functools.lru_cache(maxsize=None)
+def made(name):
+    """One of the made-up runs and its page: the arguments of render_report, and the HTML."""
+    run = report_data.RUNS[name]()
+    return run, llmbench.render_report(*run, assets=assets())
+
+
+class Page(HTMLParser):
+    """What a browser would find in a page: its tags, the text of one language, and the contents of its scripts."""
+
+    VOID = frozenset(("meta", "wbr", "img", "link", "br", "input"))
+
+    def __init__(self, text, hidden_language="zh-CN"):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.words, self.scripts, self._open, self._hidden = [], [], [], [], hidden_language
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open[-1][0] == tag, f"</{tag}> closes {self._open[-1]}"
+        self._open.pop()
+
+    def handle_data(self, data):
+        if self._open and self._open[-1][0] == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif not any(tag == "style" or attrs.get("lang") == self._hidden for tag, attrs in self._open[1:]):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        """The visible text, its white space folded."""
+        return re.sub(r"[ \t\r\n\f\u00a0]+", " ", " ".join(self.words))
+
+
+def charts_of(page):
+    """The charts' specifications, as the script reads them."""
+    return json.loads(next(text for attrs, text in Page(page).scripts if attrs.get("type")))["charts"]
+
+
+def tile_texts(page, number=0):
+    """The words of each of the six figures of the stage with this number."""
+    rows = page.split('<div class="tiles">')
+    fragments = rows[number + 1].split('<div class="tile">')[1:7]
+    return [Page(fragment.partition("</dl>")[0] + "</dl>", "zh-CN") for fragment in (
+        "<html><div>" + text for text in fragments)]
+
+
+def says(text, value):
+    """Whether a printed figure is this value, to the last digit that is printed."""
+    digits = text.replace(",", "")
+    places = len(digits.partition(".")[2])
+    return abs(float(digits) - value) <= 0.5 * 10.0 ** -places * (1 + 1e-9)
+
+
+def number_after(pattern, text):
+    """The printed number that follows."""
+    return re.search(pattern + r"\s*†?\s*([\d,.]+)", text).group(1)
+
+
+class TestFigures:
+    """Every figure on the first screen is the summary's."""
+
+    @pytest.mark.parametrize("name", ["healthy", "failing", "ten", "one", "open_loop"])
+    def test_times(self, name):
+        (summary, *_), page = made(name)
+        texts = [tile.text for tile in tile_texts(page)]
+        for text, metric in zip(texts[1:4], ("ttft_ms", "latency_ms", "tpot_ms")):
+            statistic = summary["stages"][0][metric]
+            divisor = 1000 if statistic["p50"] >= 2000 else 1
+            shown = re.findall(r"([\d,.]+) (ms|s)\b", text)
+            assert {unit for _, unit in shown} == {"s" if divisor == 1000 else "ms"}
+            assert says(shown[0][0], statistic["p50"] / divisor), text
+            for stat in ("p95", "p99"):
+                assert says(number_after(stat.upper(), text), statistic[stat] / divisor), text
+            assert number_after(r"\bn", text) == f"{statistic['n']:,}"
+
+    @pytest.mark.parametrize("name", sorted(report_data.RUNS))
+    def test_counts_and_rates(self, name):
+        (summary, *_), page = made(name)
+        for number, stage in enumerate(summary["stages"]):
+            texts = [tile.text for tile in tile_texts(page, number)]
+            requests, throughput = stage["requests"], stage["throughput"]
+            assert number_after("succeeded", texts[0]) == f"{requests['success']:,}"
+            assert number_after("failed", texts[0]) == f"{requests['failure']:,}"
+            assert f"{requests['cancelled']}, {requests['dropped']}" in texts[0]
+            assert says(re.search(r"([\d.]+) %", texts[0]).group(1), 100 * requests["success_rate"])
+            if "output_tokens_per_s" in throughput:
+                assert says(re.search(r"([\d,.]+) tok/s", texts[4]).group(1), throughput["output_tokens_per_s"])
+                assert says(number_after("steady", texts[4]), throughput["steady_output_tokens_per_s"])
+                assert says(number_after("goodput", texts[5]), throughput["goodput_rps"])
+            assert says(re.search(r"([\d,.]+) req/s", texts[5]).group(1), throughput["rps"])
+
+    def test_the_table_of_all_figures(self):
+        (summary, *_), page = made("healthy")
+        table = page[page.index('<table class="figures">'):].partition("</table>")[0]
+        rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in table.split("<tr")[2:]]
+        metrics = ["ttft_ms", "ttfb_ms", "latency_ms", "decode_ms", "tpot_ms", "itl_ms", "queue_ms", "connect_ms"]
+        assert len(rows) == len(metrics)
+        for cells, metric in zip(rows, metrics):
+            statistic = summary["stages"][0][metric]
+            wanted = [statistic[stat] for stat in ("n", "mean", "stdev", "min", "p50", "p90", "p95", "p99", "max")]
+            assert all(says(cell, value) for cell, value in zip(cells, wanted)), (metric, cells, wanted)
+
+    def test_a_thin_claim_is_not_rounded_up(self):
+        assert llmbench.percent_number(0.99996) == "99.996"
+        assert llmbench.percent_number(0.00001) == "0.001"
+        assert llmbench.figure(0.0001) == "<0.001"
+        assert [llmbench.figure(value) for value in (0, 3247.6, 9.996, 0.0704, None, math.nan)] == [
+            "0", "3,248", "10.0", "0.070", "–", "–"]
+
+    def test_a_gate_that_fails_by_little_shows_more_digits(self):
+        gate = {"metric": "ttft", "stat": "p95", "op": "<=", "limit": 800.0, "value": 800.004, "passed": False}
+        stage = llmbench.stage_views(*made("healthy")[0][:1], made("healthy")[0][2])[0]
+        limit, value = llmbench.gate_numbers(llmbench.read_page(assets()), stage, gate)
+        assert limit != value
+
+
+class TestCharts:
+    """A chart holds every sample, and its marks are the summary's percentiles."""
+
+    @pytest.mark.parametrize("name", sorted(report_data.RUNS))
+    def test_bins_sum_to_n_and_marks_are_the_summarys(self, name):
+        (summary, *_), page = made(name)
+        charts = charts_of(page)
+        for number, stage in enumerate(summary["stages"]):
+            for panel, metric in (("ttft", "ttft_ms"), ("latency", "latency_ms"), ("gaps", "itl_ms")):
+                chart = charts.get(f"{number}-{panel}")
+                if chart is None:
+                    assert not stage.get(metric)
+                    continue
+                assert all(mark["value"] == stage[metric][mark["name"]] for mark in chart["marks"])
+                if chart["kind"] == "strip":
+                    assert len(chart["values"]) == stage[metric]["n"] < 30
+                    continue
+                assert sum(chart["counts"]) == stage[metric]["n"]
+                assert len(chart["edges"]) == len(chart["counts"]) + 1
+                assert chart["edges"] == sorted(chart["edges"])
+                slack = 1.01 if panel == "gaps" else 1 + 1e-6
+                assert chart["edges"][-1] >= stage[metric]["max"] / slack
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_bins_of_any_values(self, seed):
+        draw = random.Random(seed)
+        n = draw.choice([30, 31, 250, 5001])
+        values = sorted(draw.choice([draw.lognormvariate(5, 1), draw.uniform(1, 2), 7.0]) for _ in range(n))
+        for edges in (llmbench.linear_edges(values[0], values[-1], draw.choice([0.0, 0.001, 3.0, 1e6])),
+                      llmbench.log_edges(values[0], values[-1], 20), llmbench.linear_edges(5.0, 5.0, 0.0)):
+            counts = llmbench.binned(edges, functools.partial(bisect.bisect_left, values), n)
+            assert sum(counts) == n and min(counts) >= 0
+        edges = llmbench.linear_edges(values[0], values[-1], draw.choice([0.0, 0.001, 3.0, 1e6]))
+        assert edges[0] <= values[0] * (1 + 1e-12) and edges[-1] >= values[-1] * (1 - 1e-12)
+        assert 12 <= len(edges) - 1 <= 60
+
+    def test_gaps_of_zero_are_in_the_first_bar(self):
+        rows = report_data.made_rows(n=50)
+        rows.itl_hist[0] += 500
+        run = report_data.made_run([rows])
+        chart = charts_of(llmbench.render_report(*run, assets=assets()))["0-gaps"]
+        assert sum(chart["counts"]) == sum(rows.itl_hist.values()) and chart["counts"][0] >= 500
+        assert len(chart["counts"]) < 250
+
+    def test_amounts_spread_over_time_are_kept(self):
+        draw = random.Random(3)
+        buckets = llmbench.Buckets(1000.0, 500.0, 20)
+        spans = []
+        for _ in range(200):
+            begin = draw.uniform(1000, 10500)
+            spans.append((begin, min(11000.0, begin + draw.expovariate(1 / 900)), draw.uniform(0, 300)))
+        assert sum(llmbench.spread(buckets, spans)) == pytest.approx(sum(amount for _, _, amount in spans))
+
+    def test_curves_reach_from_none_to_all(self):
+        for curve in charts_of(made("healthy")[1])["0-answered"]["series"]:
+            shares = curve["points"][1::2]
+            assert (shares[0], shares[-1]) == (0, 1) and shares == sorted(shares) and len(shares) <= 200
+            assert curve["points"][0::2] == sorted(curve["points"][0::2])
+
+    @pytest.mark.parametrize("name", sorted(report_data.RUNS))
+    def test_a_stage_is_at_most_60_kilobytes(self, name):
+        page, sizes = made(name)[1], {}
+        for key, chart in charts_of(page).items():
+            stage = key.partition("-")[0]
+            sizes[stage] = sizes.get(stage, 0) + len(json.dumps(chart, separators=(",", ":")))
+        assert max(sizes.values(), default=0) <= 60_000
+
+    def test_few_requests_have_no_chart_over_time(self):
+        assert not any("time" in name for name in charts_of(made("ten")[1]))
+        assert charts_of(made("all_failed")[1]) == {}
+
+
+class TestSentences:
+    """The sentence claims what the summary has and nothing else."""
+
+    def sentence(self, name):
+        page = made(name)[1]
+        return re.sub(r"\s+", " ", Page(page[page.index('<p class="sentence">'):].partition("</p>")[0] + "</p>").text)
+
+    def test_one_stage(self):
+        text = self.sentence("healthy")
+        assert "With 16 concurrent streams half of the answers began within" in text and "All 5 gates passed." in text
+
+    def test_few(self):
+        assert "The endpoint answered 10 of 10 requests" in self.sentence("ten")
+        assert "P95 within" not in self.sentence("one") and "1 of 1" in self.sentence("one")
+
+    def test_none(self):
+        text = self.sentence("all_failed")
+        assert "No request succeeded. All 50 failed: rate limited (429)." in text.replace(" .", ".")
+
+    def test_failures(self):
+        assert "of the requests failed , most of them rate limited (429)" in self.sentence("failing")
+
+    def test_sweep(self):
+        text = self.sentence("sweep")
+        assert "Every gate holds up to 16 concurrent streams" in text and "At 32 streams 2 of 3 gates fail" in text
+
+    def test_not_monotone_is_never_up_to(self):
+        run = report_data.sweep()
+        for gate in run[0]["stages"][1]["slo"]:
+            gate["passed"] = False
+        page = llmbench.render_report(*run, assets=assets())
+        assert "Every gate holds at 1 stream, 4 streams" in Page(page).text and "holds up to" not in Page(page).text
+
+    def test_invalid_judges_no_gate(self):
+        page = Page(made("invalid")[1])
+        assert "no gate is judged" in page.text and "not judged" in page.text
+        assert "✓ TTFT P95" not in page.text and "5 of 5 passed" not in page.text
+        assert 'class="invalid-run"' in made("invalid")[1]
+
+    def test_a_limited_percentile_is_not_cited(self):
+        run = report_data.made_run([report_data.made_rows(n=150)])
+        text = Page(llmbench.render_report(*run, assets=assets())).text
+        assert "half of the answers began within" in text and "95 % within" not in text
+
+    def test_a_run_that_was_cut_off_says_so(self):
+        summary, header, rows, audits, _ = made("healthy")[0]
+        assert "The run was cut off" in Page(llmbench.render_report(summary, header, rows, audits, None, assets())).text
+        assert "The run was cut off" not in Page(made("healthy")[1]).text
+
+    def test_without_verdict_there_is_no_band(self):
+        summary, *rest = made("healthy")[0]
+        bare = {name: value for name, value in summary.items() if name != "verdict"}
+        assert '<div class="verdict' not in llmbench.render_report(bare, *rest, assets=assets())
+
+
+class TestStages:
+    """Several stages: one is shown, the others are there."""
+
+    def test_the_highest_load_that_passed_is_shown(self):
+        page = made("sweep")[1]
+        assert re.findall(r'<div class="stage" data-stage="(\d)" >', page) == ["4", "4"]
+        assert len(re.findall('<div class="stage"', page)) == 12
+        assert "the stage with 16 streams, the highest load that passed every gate" in Page(page).text
+
+    @pytest.mark.parametrize("name", sorted(report_data.RUNS))
+    def test_an_anchor_is_there_once_and_every_link_has_one(self, name):
+        tags = Page(made(name)[1]).tags
+        ids = [attrs["id"] for _, attrs in tags if attrs.get("id")]
+        assert len(ids) == len(set(ids))
+        assert {attrs["href"][1:] for tag, attrs in tags if tag == "a"} <= set(ids)
+
+
+class TestSafety:
+    """What came from outside is text; nothing is loaded; only our scripts run."""
+
+    def hostile_page(self):
+        summary, header, rows, audits, end = json.loads(json.dumps(report_data.failing()[:2])) + list(
+            report_data.failing()[2:])
+        long_sample = (HOSTILE * 1000)[:65536]
+        for error in summary["stages"][0]["errors"]:
+            error.update(sample=long_sample, key=HOSTILE)
+        summary["stages"][0]["errors"].append({"status": HOSTILE, "key": HOSTILE, "count": 1, "sample": HOSTILE})
+        summary["samples"] = {"first_content_raw": "data: {\"a\": " + json.dumps(long_sample) + "}",
+                              "final_frame_raw": "[" * 30000 + HOSTILE}
+        summary["verdict"]["reasons"] = [HOSTILE, {"en": HOSTILE, "zh": HOSTILE}]
+        for name in ("run_id", "host", "address", "os", "url", "model", "provider", "command", "tool_version"):
+            header[name] = "javascript:" + HOSTILE
+        header["config"]["prompts"] = {"source": HOSTILE, "count": 3}
+        return llmbench.render_report(summary, header, rows, audits, end, assets())
+
+    def test_hostile_text_stays_text(self):
+        text = self.hostile_page()
+        text.encode("utf-8")
+        page, plain = Page(text), Page(made("failing")[1])
+        tags = {tag for tag, _ in page.tags}
+        assert tags <= {tag for tag, _ in plain.tags} and "img" not in tags
+        assert len(page.scripts) == 3
+        assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+        assert "onerror=alert(2)" in page.text, "the reader should see what the endpoint sent"
+        data = next(script for attrs, script in page.scripts if attrs.get("type"))
+        assert "<" not in data and "\u2028" not in data and json.loads(data)["model"].startswith("javascript:")
+
+    @pytest.mark.parametrize("name", ["healthy", "sweep"])
+    def test_nothing_is_loaded(self, name):
+        page = Page(made(name)[1])
+        for tag, attrs in page.tags:
+            for attribute in ("src", "href", "action", "data", "poster", "srcset", "formaction", "xlink:href"):
+                assert attrs.get(attribute, "#").startswith("#"), (tag, attrs)
+        style = made(name)[1].partition("</head>")[0]
+        assert "url(" not in style and "@import" not in style
+
+    def test_the_policy_allows_our_scripts_alone(self):
+        page = Page(made("healthy")[1])
+        policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
+        hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for attrs, text in page.scripts
+                  if not attrs.get("type")]
+        assert policy == (f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; "
+                          "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'")
+
+    def test_the_page_has_one_heading_and_its_landmarks(self):
+        tags = [tag for tag, _ in Page(made("healthy")[1]).tags]
+        assert tags.count("h1") == 1 and {"header", "nav", "main", "footer"} <= set(tags)
+
+    def test_json_of_a_frame_is_indented_and_the_rest_kept(self):
+        assert llmbench.indented_sample('event: x\ndata: {"a": [1]}\n\n') == (
+            'event: x\ndata: {\n  "a": [\n    1\n  ]\n}')
+        assert llmbench.indented_sample("data: [DONE]") == "data: [DONE]"
+        assert llmbench.indented_sample('{"a": ') == '{"a": '
+
+    def test_a_command_keeps_its_words(self):
+        command = "python3 llmbench.pyz run --url 'http://a b' --slo 'ttft.p95<=1s' --model x" + " --header 'A: b'" * 5
+        text = llmbench.command_text(command)
+        assert max(map(len, text.split("\n"))) <= 80
+        assert text.replace(" \\\n  ", " ") == command
+        assert llmbench.command_text("unclosed 'quote") == "unclosed 'quote"
+
+
+class TestTexts:
+    """Both languages say the same things."""
+
+    def texts(self):
+        return [json.loads(assets()[f"texts/{name}.json"].decode("utf-8")) for name in ("en", "zh")]
+
+    def test_every_key_is_in_both_languages(self):
+        english, chinese = self.texts()
+        translated = {name for name in chinese if name.startswith("definition.")}
+        assert set(english) == set(chinese) - translated
+        assert translated == {"definition." + name for name in llmbench.METRICS}
+
+    def test_both_languages_take_the_same_values(self):
+        english, chinese = self.texts()
+        for key, text in english.items():
+            names = [set(re.findall(r"{(\w+)", version)) for version in (text, chinese[key])]
+            assert names[0] == names[1], key
+
+    def test_chinese_is_marked_as_such(self):
+        page = Page(made("healthy")[1], hidden_language="en")
+        assert "测量可信" in page.text and "The measurement can be relied on" not in page.text
+
+    def test_the_page_opens_in_the_language_of_the_run(self):
+        summary, header, *rest = made("ten")[0]
+        config = dict(header["config"], lang="zh")
+        page = llmbench.render_report(summary, dict(header, config=config), *rest, assets=assets())
+        assert '<html lang="zh-CN" class="zh">' in page
+
+
+def chromium():
+    """The path of a Chromium; skips the test, saying so, where there is none."""
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    return path or pytest.skip("no Chromium on this machine")
+
+
+def opened(tmp_path, page, width=1440):
+    """The page as Chromium has it after its script ran; the window is tall enough to show all of it."""
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    command = [chromium(), *CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},9000",
+               "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", path.as_uri()]
+    answer = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    console = [line for line in answer.stderr.decode("utf-8", "replace").splitlines() if ":CONSOLE" in line]
+    return answer.stdout.decode("utf-8"), console
+
+
+BUTTONS = """<script>
+(function () {
+  const all = (query) => Array.from(document.querySelectorAll(query)), one = (query) => all(query)[0];
+  const seen = {}, root = document.documentElement, paper = () => getComputedStyle(root).getPropertyValue('--paper');
+  const tip = () => getComputedStyle(one('.stage:not([hidden]) .tip')).display;
+  const term = one('.stage:not([hidden]) .term');
+  seen.tip = [tip()];
+  term.click();
+  seen.tip.push(tip());
+  document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}));
+  seen.tip.push(tip());
+  const data = one('.stage:not([hidden]) [data-tool="data"]');
+  data.click();
+  seen.rows = all('.data-table tr').length;
+  seen.expanded = data.getAttribute('aria-expanded');
+  seen.theme = [root.dataset.theme];
+  seen.colour = [paper()];
+  one('[data-control="theme"]').click();
+  seen.theme.push(root.dataset.theme);
+  seen.colour.push(paper());
+  one('[data-control="language"]').click();
+  seen.language = root.lang;
+  seen.heading = one('#dist h2').innerText;
+  one('[data-pick="1"]').click();
+  seen.stages = all('.stage:not([hidden])').map((stage) => stage.dataset.stage);
+  seen.ids = all('#dist').length;
+  window.dispatchEvent(new Event('beforeprint'));
+  seen.printed = all('.printed svg').length;
+  seen.visible = all('.chart').filter((place) => place.offsetWidth).length;
+  window.dispatchEvent(new Event('afterprint'));
+  seen.left = all('.printed').length;
+  setTimeout(() => {
+    seen.drawn = all('.stage:not([hidden]) .chart').every((place) => place.querySelector('svg, canvas'));
+    root.dataset.seen = btoa(unescape(encodeURIComponent(JSON.stringify(seen))));
+  }, 500);
+})();
+</script>"""
+
+
+class TestBrowser:
+    """A headless Chromium opens the page from disk."""
+
+    @pytest.mark.parametrize("name", ["healthy", "sweep", "one"])
+    def test_every_chart_is_drawn_and_nothing_complains(self, name, tmp_path):
+        page, console = opened(tmp_path, made(name)[1])
+        assert console == []
+        root = re.search(r"<html[^>]*>", page).group()
+        assert "data-failure" not in root
+        places = int(re.search(r'data-places="(\d+)"', root).group(1))
+        assert places and int(re.search(r'data-charts="(\d+)"', root).group(1)) == places
+        shown = [part for part in re.split(r'<div class="chart"', page)[1:] if "_echarts_instance_" in part[:400]]
+        assert len(shown) == places
+        for part in shown:
+            chart = part.partition("<p class=\"finding\"")[0]
+            assert "<canvas" in chart or len(re.findall("<(?:path|text|circle)", chart)) > 8, chart[:200]
+
+    def test_the_buttons(self, tmp_path):
+        page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", made("sweep")[1])
+        page, console = opened(tmp_path, page.rpartition("</body>")[0] + BUTTONS + "</body></html>")
+        assert console == []
+        seen = json.loads(base64.b64decode(re.search(r'data-seen="([^"]*)"', page).group(1)).decode("utf-8"))
+        assert seen["rows"] > 12 and seen["expanded"] == "true"
+        assert seen["language"] == "zh-CN" and seen["heading"].startswith("分布")
+        assert seen["theme"] == ["light", "dark"] and seen["colour"] == ["#ffffff", "#12161b"]
+        assert seen["stages"] == ["1", "1"] and seen["ids"] == 1 and seen["drawn"]
+        assert seen["printed"] == seen["visible"] and seen["left"] == 0
+        assert seen["tip"] == ["none", "block", "none"]
+
+    def test_hostile_texts_run_nothing(self, tmp_path):
+        page, console = opened(tmp_path, TestSafety().hostile_page())
+        assert console == [] and "data-failure" not in re.search(r"<html[^>]*>", page).group()
+
+
+@pytest.mark.long
+def test_a_million_requests_make_a_small_page():
+    few = report_data.made_rows(n=10_000, failing=0.01)
+    times = 100
+    span = max(value for value in few.columns["end_ms"] if value == value)
+    columns = {name: column * times for name, column in few.columns.items()}
+    for name in ("scheduled_ms", "start_ms", "end_ms"):
+        shifts = itertools.chain.from_iterable(itertools.repeat(span * index, 10_000) for index in range(times))
+        columns[name] = array("d", (value + shift for value, shift in zip(columns[name], shifts)))
+    gaps = {bucket: number * times for bucket, number in few.itl_hist.items()}
+    rows = report_data.MadeRows(0, few.load, few.status * times, columns, gaps)
+    page = llmbench.render_report(*report_data.made_run([rows]), assets=assets())
+    assert len(page.encode("utf-8")) < 2_000_000
+    chart = charts_of(page)["0-latency"]
+    assert sum(chart["counts"]) == rows.status.count("ok") > 950_000

@@ -1,0 +1,261 @@
+"""Workload files and built-ins to prompts: what is read, what is refused and how, and the unique prefix."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import llmbench
+from conftest import ROOT
+
+BOM = b"\xef\xbb\xbf"
+
+
+def parse(data, name="prompts.txt"):
+    return llmbench.parse_workload(data if isinstance(data, bytes) else data.encode("utf-8"), name)
+
+
+def contents(prompts):
+    return [prompt.messages[0]["content"] for prompt in prompts]
+
+
+def refusal(data, name="prompts.jsonl"):
+    """The one line that says why a workload is refused."""
+    with pytest.raises(llmbench.UserError) as caught:
+        parse(data, name)
+    line = str(caught.value)
+    assert "\n" not in line and name.rsplit("/", maxsplit=1)[-1] in line
+    return line
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data,expected", [
+    ("one\ntwo\n", ["one", "two"]),
+    ("one\r\ntwo\r\n", ["one", "two"]),
+    ("one\ntwo", ["one", "two"]),
+    (BOM + "第一\n第二\n".encode(), ["第一", "第二"]),
+    (BOM + b"\r\none\r\n", ["one"]),
+    ("\n\none\n \t\n\ntwo\n\n", ["one", "two"]),
+    ("a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\n", ["a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"]),  # str.splitlines cuts at each
+    ("  indented\n", ["  indented"]),
+    ("one\n{\"prompt\": \"two\"}\n", ["one", '{"prompt": "two"}']),  # the first line decides
+    ("[x] list\n", ["[x] list"]),
+    ('"quoted"\n', ['"quoted"']),
+])  # fmt: skip
+def test_a_text_file_is_a_prompt_a_line(data, expected):
+    assert contents(parse(data)) == expected
+
+
+def test_text_prompts_are_named_after_their_lines():
+    assert [prompt.id for prompt in parse("one\n\nthree\n")] == ["line-1", "line-3"]
+    assert parse("one")[0].messages == [{"role": "user", "content": "one"}]
+    assert parse("one")[0].max_tokens is None
+
+
+# --- JSONL ------------------------------------------------------------------------------------------------------------
+
+JSONL = '{"id":"a","prompt":"one","max_tokens":7}\n{"messages":[{"role":"system","content":"be"},{"role":"user","content":"x"}]}\n'
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.JSONL", "p.ndjson", "p.json", "p.txt", "no-suffix", "stdin"])
+@pytest.mark.parametrize("data", [JSONL.encode(), BOM + JSONL.encode(), JSONL.replace("\n", "\r\n").encode(),
+                                  b"\n\n" + JSONL.encode(), b"  " + JSONL.encode()])  # fmt: skip
+def test_jsonl_is_found_by_its_name_or_by_its_first_line(name, data):
+    first, second = parse(data, name)
+    assert (first.id, first.max_tokens, first.messages) == ("a", 7, [{"role": "user", "content": "one"}])
+    assert second.messages == [{"role": "system", "content": "be"}, {"role": "user", "content": "x"}]
+    assert second.id.startswith("line-") and second.max_tokens is None
+
+
+def test_a_line_separator_in_a_json_string_ends_no_line():
+    data = '{"prompt":"a\u2028b\u0085c"}\n{"prompt":"d"}\n'
+    assert contents(parse(data, "p.jsonl")) == ["a\u2028b\u0085c", "d"]
+
+
+def test_ids_are_texts():
+    data = '{"id":7,"prompt":"a"}\n{"id":"七","prompt":"b"}\n{"prompt":"c"}\n'
+    assert [prompt.id for prompt in parse(data, "p.jsonl")] == ["7", "七", "line-3"]
+
+
+@pytest.mark.xfail(strict=True, reason='"id": null becomes the text "None"')
+def test_an_id_of_null_is_none():
+    assert parse('{"id":null,"prompt":"a"}', "p.jsonl")[0].id == "line-1"
+
+
+def test_typed_parts_extra_fields_and_null_content_stay_as_they_are():
+    messages = [
+        {"role": "system", "content": "be short"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]},
+        {"role": "user", "name": "ann", "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "u"}}]},
+    ]
+    assert parse(json.dumps({"messages": messages}), "p.jsonl")[0].messages == messages
+
+
+GOOD = '{"prompt":"fine"}\n'
+BAD_LINES = {
+    "no JSON": ("this is no JSON", "not JSON"),
+    "cut off": ('{"prompt":"cut', "not JSON"),
+    "two objects": ('{"prompt":"a"}{"prompt":"b"}', "not JSON"),
+    "nested too deep": ('{"prompt":' + "[" * 100000, "not JSON"),
+    "a list": ('["a"]', "object"),
+    "a text": ('"a"', "object"),
+    "neither": ('{"id":"x"}', "prompt"),
+    "both": ('{"prompt":"a","messages":[{"role":"user","content":"b"}]}', "either"),
+    "prompt is a number": ('{"prompt":7}', "prompt"),
+    "prompt is empty": ('{"prompt":""}', "prompt"),
+    "prompt is blank": ('{"prompt":" \\n"}', "prompt"),
+    "prompt is null": ('{"prompt":null}', "prompt"),
+    "messages is empty": ('{"messages":[]}', "messages"),
+    "messages is an object": ('{"messages":{"role":"user"}}', "messages"),
+    "message is a text": ('{"messages":["hi"]}', "role"),
+    "no role": ('{"messages":[{"content":"hi"}]}', "role"),
+    "role is a number": ('{"messages":[{"role":1,"content":"hi"}]}', "role"),
+    "content is a number": ('{"messages":[{"role":"user","content":1}]}', "content"),
+    "content is an object": ('{"messages":[{"role":"user","content":{}}]}', "content"),
+    "max_tokens is 0": ('{"prompt":"a","max_tokens":0}', "max_tokens"),
+    "max_tokens is negative": ('{"prompt":"a","max_tokens":-1}', "max_tokens"),
+    "max_tokens is a text": ('{"prompt":"a","max_tokens":"9"}', "max_tokens"),
+    "max_tokens is a fraction": ('{"prompt":"a","max_tokens":1.5}', "max_tokens"),
+    "max_tokens is true": ('{"prompt":"a","max_tokens":true}', "max_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_named_by_its_number(name):
+    line, said = BAD_LINES[name]
+    message = refusal(GOOD + "\n" + line + "\n" + GOOD)
+    assert "p" in message and "line 3" in message and said in message and len(message) < 250
+
+
+def test_a_bad_line_is_never_sent_as_a_prompt_even_in_a_file_that_is_jsonl_by_its_content():
+    assert "line 2" in refusal(GOOD + "plain text\n", "prompts.txt")
+    assert "line 1" in refusal("plain text\n", "prompts.jsonl")
+
+
+@pytest.mark.parametrize("data,line", [
+    (b"\xff\xfeo\x00n\x00e\x00", 1), (b"one\ntwo \xb5\n", 2), ("你好\n".encode("gbk"), 1), (b"one\n\xed\xa0\x80\n", 2),
+])  # fmt: skip
+def test_what_is_not_utf8_is_named_by_its_line(data, line):
+    message = refusal(data, "prompts.txt")
+    assert f"line {line}" in message and "UTF-8" in message
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b" \n\t\r\n", BOM, BOM + b"\r\n"])
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_workload_without_prompts_is_refused(data, name):
+    assert "no prompt" in refusal(data, name)
+
+
+@pytest.mark.xfail(strict=True, reason="ShareGPT JSON is not read yet")
+def test_sharegpt_json_gives_the_first_human_turn_of_each_conversation():
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    data = json.dumps([{"id": "c0", "conversations": turns}, {"id": "c1", "conversations": turns}], indent=1)
+    assert contents(parse(data, "ShareGPT_V3.json")) == ["hi", "hi"]
+
+
+# --- where it is read from --------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_and_named(tmp_path):
+    path = tmp_path / "中文 prompts.txt"
+    path.write_bytes("你好\n".encode())
+    assert contents(llmbench.read_workload(str(path), [])) == ["你好"]
+    path.write_bytes(b"")
+    with pytest.raises(llmbench.UserError, match=r"中文 prompts\.txt holds no prompt"):
+        llmbench.read_workload(str(path), [])
+
+
+@pytest.mark.parametrize("path", ["missing.txt", ".", ""])
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(llmbench.UserError, match=r"^--workload-file .*cannot be read: ."):
+        llmbench.read_workload(path, [])
+
+
+def test_a_dash_reads_stdin(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(BOM + JSONL.encode())))
+    assert [prompt.id for prompt in llmbench.read_workload("-", [])] == ["a", "line-2"]
+
+
+def test_stdin_that_is_empty_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
+    with pytest.raises(llmbench.UserError, match="stdin holds no prompt"):
+        llmbench.read_workload("-", [])
+
+
+def test_the_built_in_prompts_are_sound_and_told_apart():
+    builtin = [(language, llmbench.read_asset(f"prompts/{language}.txt")) for language in ("en", "zh")]
+    prompts = llmbench.read_workload(None, builtin)
+    assert len({prompt.id for prompt in prompts}) == len(prompts) >= 10
+    assert len({prompt.messages[0]["content"] for prompt in prompts}) == len(prompts)
+    assert {prompt.id.split("-")[0] for prompt in prompts} == {"en", "zh"}
+    chinese = [prompt.messages[0]["content"] for prompt in prompts if prompt.id.startswith("zh")]
+    assert all(re.search("[\u4e00-\u9fff]", text) for text in chinese)
+
+
+def test_prompts_are_taken_in_file_order_and_start_again_at_the_end(tmp_path):
+    workload, out = tmp_path / "three.jsonl", tmp_path / "out"
+    workload.write_text("".join('{"id":"%s","prompt":"p"}\n' % name for name in "abc"), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "llmbench.py"), "run", "--url", "mock:?ttft=1&itl=0&tokens=1", "--out", str(out)]
+    command += ["--workload-file", str(workload), "--total-requests", "7", "--warmup", "1", "--progress", "none"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [line for line in lines if "request_id" in line]
+    assert [record["prompt_id"] for record in records] == list("abcabcab")
+    assert [record["phase"] for record in records] == ["warmup"] + ["measure"] * 7
+
+
+# --- the unique prefix ------------------------------------------------------------------------------------------------
+
+PREFIX = re.compile(r"\[[0-9a-f]{8}\] ")
+
+
+def unique(messages, request_id="run-0-1"):
+    return llmbench.make_unique(llmbench.Prompt("p", messages, 9), request_id)
+
+
+def test_the_prefix_stands_at_the_head_of_the_first_user_message_after_the_system_prefix():
+    messages = [{"role": "system", "content": "shared"}, {"role": "user", "content": "hi", "name": "ann"},
+                {"role": "assistant", "content": "ho"}, {"role": "user", "content": "again"}]  # fmt: skip
+    made = unique(messages)
+    assert (made.id, made.max_tokens) == ("p", 9)
+    assert made.messages[0] == messages[0] and made.messages[2:] == messages[2:]
+    assert made.messages[1]["name"] == "ann"
+    assert PREFIX.match(made.messages[1]["content"]) and made.messages[1]["content"].endswith("] hi")
+
+
+def test_the_prefix_of_typed_parts_is_a_text_part_before_them():
+    parts = [{"type": "image_url", "image_url": {"url": "u"}}, {"type": "text", "text": "what is it"}]
+    head, *rest = unique([{"role": "user", "content": parts}]).messages[0]["content"]
+    assert head["type"] == "text" and PREFIX.fullmatch(head["text"])
+    assert rest == parts
+
+
+def test_the_prompt_itself_stays_as_it_was():
+    parts = [{"type": "text", "text": "x"}]
+    prompt = llmbench.Prompt("p", [{"role": "system", "content": "s"}, {"role": "user", "content": parts}])
+    before = json.dumps(prompt.messages)
+    llmbench.make_unique(prompt, "run-0-1")
+    assert json.dumps(prompt.messages) == before
+
+
+def test_prefixes_differ_between_requests_runs_and_stages_and_repeat_for_the_same_request():
+    ids = [f"{run}-{stage}-{i}" for run in ("aa", "bb") for stage in range(3) for i in range(1500)]
+    prefixes = {unique([{"role": "user", "content": ""}], request_id).messages[0]["content"] for request_id in ids}
+    assert len(prefixes) == len(ids)
+    assert unique([{"role": "user", "content": "x"}]) == unique([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("messages", [
+    [{"role": "system", "content": "only"}], [{"role": "assistant", "content": "x"}], [{"role": "user", "content": None}],
+])  # fmt: skip
+def test_conversations_without_a_user_text_do_not_break(messages):
+    assert len(unique(messages).messages) == 1
