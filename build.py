@@ -16,6 +16,8 @@ The .pyz needs neither; it runs on Python 3.7 and newer, and starts faster on th
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import functools
 import hashlib
 import os
 import re
@@ -25,7 +27,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Sequence
+from typing import Iterable, Sequence
 
 ROOT = Path(__file__).resolve().parent
 PROGRAM = ROOT / "llmbench.py"
@@ -167,7 +169,9 @@ def contents() -> dict[str, bytes]:
     assets = [path for path in (ROOT / "assets").rglob("*") if path.is_file() and is_asset(path)]
     files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in [PROGRAM, ROOT / "LICENSE", *assets]}
     files["__main__.py"] = MAIN
-    files.update(compile_program(python, files["llmbench.py"]) for python in find_interpreters(SUPPORTED).values())
+    compile_source = functools.partial(compile_program, source=files["llmbench.py"])
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # the work is done by other processes
+        files.update(pool.map(compile_source, find_interpreters(SUPPORTED).values()))
     return dict(sorted(files.items()))
 
 
@@ -201,6 +205,14 @@ def compile_program(python: str, source: bytes) -> tuple[str, bytes]:
         raise BuildError(f"{python} can't compile llmbench.py: {done.stderr.decode(errors='replace').strip()[-300:]}")
     tag, _, code = done.stdout.partition(b"\n")
     return f"compiled/{tag.decode()}.code", code
+
+
+def describe_compiled(found: Iterable[str]) -> str:
+    """The line that says which Pythons the archive holds compiled code for, and which it does not."""
+    inside = list(found)
+    missing = [version for version in SUPPORTED if version not in inside]
+    slower = f"; not found on this machine, so slower to start: {', '.join(missing)}" if missing else ""
+    return f"compiled for Python {', '.join(inside) or 'none'}{slower}"
 
 
 def pack(target: Path) -> None:
@@ -237,10 +249,7 @@ def build() -> int:
     data = TARGET.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     print(f"{TARGET.relative_to(ROOT)}: llmbench {version()}, {len(data):,} bytes, sha256 {digest}")
-    found = find_interpreters(SUPPORTED)
-    missing = [name for name in SUPPORTED if name not in found]
-    slower = f"; not on this machine, start slower: {', '.join(missing)}" if missing else ""
-    print(f"compiled for Python {', '.join(found)}{slower}", flush=True)
+    print(describe_compiled(find_interpreters(SUPPORTED)), flush=True)
     return 0
 
 

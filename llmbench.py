@@ -41,7 +41,6 @@ import errno
 import functools
 import gc
 import hashlib
-import heapq
 import html
 import http
 import io
@@ -5291,8 +5290,11 @@ def setup_section(page: Page, summary: Mapping, header: Mapping) -> Markup:
 
 
 def stage_sections(page: Page, stage: StageView, charts: Charts, several: bool, shown: bool) -> Markup:
-    """What belongs to one stage; failures come first where more than one request in a hundred failed."""
-    fail = outcome_section(page, stage, several, shown)
+    """What belongs to one stage; failures come first where more than one request in a hundred failed.
+
+    In a run that isn't judged they stand outside, where they can be seen: `body_of` puts them there.
+    """
+    fail = outcome_section(page, stage, several, shown) if stage.judged else Markup("")
     parts = [build(page, stage, charts, several, shown) for build in (distribution_section, where_section)]
     late = time_section(page, stage, charts, several, shown)
     first = stage.requests.get("success_rate", 0.0) < 0.99
@@ -5345,10 +5347,11 @@ def body_of(page: Page, summary: Mapping, stages: Sequence[StageView], shown: St
     trust = trust_section(page, summary, stages, end)
     if shown.judged:
         return joined((inner, trust))
-    return joined((trust, page.fill("anyway", summary=page.said("anyway"), content=inner)))
+    fail = stage_block(page, stages, shown, lambda stage: outcome_section(page, stage, several, stage is shown))
+    return joined((trust, fail, page.fill("anyway", summary=page.said("anyway"), content=inner)))
 
 
-ANCHORS = ("stages", "fail", "dist", "where", "time", "slow", "trust", "setup")
+ANCHORS = ("stages", "fail", "dist", "where", "time", "trust", "setup")
 
 
 def navigation(page: Page, body: str) -> Markup:
@@ -6078,9 +6081,9 @@ def add_mock_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0, the default, takes a free one")
     parser.add_argument("--stdin-guard", action="store_true", help="end when standard input does")
-    for name, field in MOCK_FIELDS.items():
+    for name, option in MOCK_FIELDS.items():
         spellings = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
-        text = f"{field.metadata['meaning']} ({field.metadata['wanted']})".replace("%", "%%")
+        text = f"{option.metadata['meaning']} ({option.metadata['wanted']})".replace("%", "%%")
         parser.add_argument(*spellings, dest=name, metavar="VALUE", help=text)
 
 
@@ -7033,14 +7036,14 @@ RUN_FLAGS = (
          "part; mock: or mock:?ttft=200&itl=50&tokens=20 starts the built-in mock server in a process of its own"),
     Flag("provider", str, "NAME", "openai", "the endpoint's dialect; `llmbench providers` lists them"),
     Flag("model", str, "NAME", "the first listed", "model to ask for; by default the first id that GET …/models lists"),
-    Flag("token", str, "SECRET", "$LLMBENCH_TOKEN, then $OPENAI_API_KEY", 
+    Flag("token", str, "SECRET", "$LLMBENCH_TOKEN, then $OPENAI_API_KEY",
          "the secret itself, or env:NAME, file:PATH, cmd:COMMAND"),
     Flag("concurrency", read_counts, "N[,N…]", "1", "streams in flight; a list makes one stage each"),
-    Flag("total-requests", read_count(1), "N", "max(10, 2 × concurrency)", 
+    Flag("total-requests", read_count(1), "N", "max(10, 2 × concurrency)",
          "measured requests per stage; none when only --duration is given"),
     Flag("duration", read_duration, "TIME", "",
          "time per stage after which no request is started; with both, whichever comes first"),
-    Flag("grace", read_duration, "TIME", "the time-out", 
+    Flag("grace", read_duration, "TIME", "the time-out",
          "how long requests in flight at the end of the duration may take before they are cancelled"),
     Flag("warmup", read_count(0), "N", "0", "requests per stage before the measurement, at its load, not counted"),
     Flag("max-tokens", read_count(1), "N", "256", "longest answer to ask for; a prompt's own max_tokens wins"),
@@ -7061,7 +7064,8 @@ RUN_FLAGS = (
     Flag("idle-timeout", read_duration, "TIME", "off", "between any bytes of an answer"),
     Flag("insecure", None, "", "off", "accept any TLS certificate"),
     Flag("ca-cert", str, "FILE", "the system's", "PEM file or directory of the CAs to trust"),
-    Flag("header", str, "'K: V'", "", "header to add, or to put in place of ours; an empty value takes it out (repeat)", True),
+    Flag("header", str, "'K: V'", "",
+         "header to add, or to put in place of ours; an empty value takes it out (repeat)", True),
     Flag("body", read_json_object, "JSON", "", "object merged into the request body; null takes a field out"),
     Flag("end-optional", None, "", "off", "a stream may end without finish reason or end marker"),
     Flag("count-connect", None, "", "off", "count a new connection's set-up into TTFT and latency"),
@@ -7071,6 +7075,7 @@ RUN_FLAGS = (
     Flag("progress", read_choice("auto", "bar", "lines", "none"), "MODE", "auto", "bar on a terminal, lines elsewhere"),
     Flag("lang", read_choice("en", "zh"), "LANG", "from the locale", "language of terminal and report: en or zh"),
 )  # fmt: skip
+FLAGS = {flag.name: flag for flag in RUN_FLAGS}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -7111,7 +7116,7 @@ def run_parser() -> ArgumentParser:
     """The parser of `run`, made of RUN_FLAGS. `-flag`, `--flag`, with a blank or `=`; no abbreviations."""
     parser = ArgumentParser(
         prog="llmbench run", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measures a streaming LLM chat endpoint; leaves results.jsonl, results.csv, summary.json, report.html.",
+        description="Measures a streaming LLM chat endpoint; leaves results.jsonl, results.csv, summary.json and report.html",
         epilog="durations: 500ms, 30s, 5m, 8h, or plain seconds\nexit status: 0 done, 2 usage, 3 no request succeeded, "
         "5 results could not be written, 130/143 interrupted",
     )  # fmt: skip
@@ -7368,7 +7373,7 @@ def command_report(words: Sequence[str]) -> int:
     parser = ArgumentParser(prog="llmbench report", allow_abbrev=False, description=command_report.__doc__)
     parser.add_argument("directory", metavar="DIR", help="a directory that a run left")
     parser.add_argument(
-        "--lang", type=read_argument(next(flag for flag in RUN_FLAGS if flag.name == "lang")), metavar="LANG", help="language of the terminal: en or zh"
+        "--lang", type=read_argument(FLAGS["lang"]), metavar="LANG", help="language of the terminal: en or zh"
     )
     given = parser.parse_all(words)
     assets = load_assets()

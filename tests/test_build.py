@@ -12,9 +12,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any, Callable
 
 import pytest
 
+import build
 import llmbench
 from conftest import ROOT, SUPPORTED, TOO_OLD, interpreter
 
@@ -29,24 +31,22 @@ def run(command: list[str], cwd: Path, **environment: str) -> subprocess.Complet
 # The archive
 
 
-def pack(target: Path, umask: int, cwd: Path) -> str:
+def pack(target: Path, umask: int, cwd: Path, **environment: str) -> str:
     """Packs an archive in a process of its own; gives its sha256."""
     script = "import os, sys; from pathlib import Path; import build; os.umask({}); build.pack(Path(sys.argv[1]))"
-    done = run([sys.executable, "-c", script.format(umask), str(target)], cwd, PYTHONPATH=str(ROOT))
+    done = run([sys.executable, "-c", script.format(umask), str(target)], cwd, PYTHONPATH=str(ROOT), **environment)
     assert done.returncode == 0, done.stderr
     return hashlib.sha256(target.read_bytes()).hexdigest()
 
 
 def test_the_same_sources_give_the_same_bytes(tmp_path: Path) -> None:
-    first = pack(tmp_path / "first.pyz", 0o022, ROOT)
-    second = pack(tmp_path / "second.pyz", 0o077, tmp_path)
+    first = pack(tmp_path / "first.pyz", 0o022, ROOT, PYTHONHASHSEED="1", LC_ALL="C")
+    second = pack(tmp_path / "second.pyz", 0o077, tmp_path, PYTHONHASHSEED="2", LC_ALL="C.UTF-8", PYTHONOPTIMIZE="2")
     assert first == second
     assert stat.S_IMODE((tmp_path / "second.pyz").stat().st_mode) == 0o755, "the umask must not make it unreadable"
 
 
 def test_a_failed_build_leaves_the_old_archive_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import build
-
     target = tmp_path / "llmbench.pyz"
     target.write_bytes(b"old")
     monkeypatch.setattr(build, "contents", lambda: {"llmbench.py": None})
@@ -62,7 +62,9 @@ def test_the_archive_holds_the_program_its_assets_and_the_licences(pyz: Path) ->
     with zipfile.ZipFile(str(pyz)) as archive:
         names = archive.namelist()
         assert archive.read("llmbench.py") == (ROOT / "llmbench.py").read_bytes()
-    assert names == sorted(["LICENSE", "__main__.py", "llmbench.py", *(n for n in assets if not hidden.search(n))])
+    compiled = [f"compiled/cpython-{version.replace('.', '')}.code" for version in build.find_interpreters(SUPPORTED)]
+    shown = [name for name in assets if not hidden.search(name)]
+    assert names == sorted(["LICENSE", "__main__.py", "llmbench.py", *compiled, *shown])
     assert {"assets/licenses/echarts-LICENSE", "assets/licenses/zrender-LICENSE"} <= set(names)
 
 
@@ -105,6 +107,138 @@ def test_a_module_of_the_same_name_on_the_path_is_not_run(pyz: Path, tmp_path: P
     assert done.stdout.strip() == f"llmbench {llmbench.__version__}", done.stderr
 
 
+# The compiled code in the archive: the same program as its source, only sooner
+
+
+def altered(pyz: Path, target: Path, alter: Callable[[str, bytes], bytes | None]) -> Path:
+    """A copy of the archive: each entry is what `alter` makes of its name and bytes, or left out for None."""
+    with zipfile.ZipFile(str(pyz)) as source, zipfile.ZipFile(str(target), "w") as copy:
+        for name in source.namelist():
+            data = alter(name, source.read(name))
+            if data is not None:
+                copy.writestr(name, data)
+    return target
+
+
+def without_source(name: str, data: bytes) -> bytes:
+    return b"raise SystemExit('compiled the source')" if name == "llmbench.py" else data
+
+
+def without_compiled(name: str, data: bytes) -> bytes | None:
+    return None if name.startswith("compiled/") else data
+
+
+def of_another_release(name: str, data: bytes) -> bytes:
+    return b"\0\0\r\nnot marshal" if name.startswith("compiled/") else data
+
+
+@pytest.mark.parametrize("version", SUPPORTED)
+def test_the_compiled_code_is_what_runs(version: str, pyz: Path, tmp_path: Path) -> None:
+    archive = altered(pyz, tmp_path / "altered.pyz", without_source)
+    done = run([interpreter(version), str(archive), "--version"], tmp_path)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, f"llmbench {llmbench.__version__}", "")
+
+
+@pytest.mark.parametrize("version", ["3.7", "3.8", "3.13"])
+@pytest.mark.parametrize("alter", [without_compiled, of_another_release])
+def test_where_none_fits_the_source_runs(
+    alter: Callable[[str, bytes], bytes | None], version: str, pyz: Path, tmp_path: Path
+) -> None:
+    done = run([interpreter(version), str(altered(pyz, tmp_path / "altered.pyz", alter)), "--version"], tmp_path)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, f"llmbench {llmbench.__version__}", "")
+
+
+# Runs an archive, then says in JSON what a user's own code, a traceback and a child process see of the module.
+PROBE = """\
+import inspect, json, multiprocessing, os, pickle, runpy, sys, traceback
+archive = sys.argv[1]
+sys.argv[1:] = ["--version"]
+try:
+    runpy.run_path(archive, run_name="__main__")
+except SystemExit as end:
+    status = end.code
+sys.path.insert(0, archive)
+os.chdir("/")
+import llmbench
+from llmbench import UserError
+try:
+    llmbench.read_asset(None)
+except AttributeError:
+    trace = traceback.format_exc()
+child_statuses = []
+for method in ("fork", "spawn"):
+    child = multiprocessing.get_context(method).Process(target=llmbench.read_asset, args=("report.html",))
+    child.start()
+    child.join(30)
+    child_statuses.append(child.exitcode)
+spec = llmbench.__spec__
+print(json.dumps({
+    "status": status, "trace": trace, "child_statuses": child_statuses,
+    "module": [llmbench.__name__, llmbench.__package__, llmbench.__file__, type(llmbench.__loader__).__name__],
+    "spec": [spec.name, spec.origin, spec.loader is llmbench.__loader__, spec.submodule_search_locations],
+    "code": [llmbench.main.__code__.co_filename, llmbench.read_asset.__code__.co_firstlineno],
+    "source": inspect.getsource(llmbench.read_asset),
+    "file": inspect.getsourcefile(llmbench.UserError),
+    "pickled": pickle.loads(pickle.dumps(UserError)) is UserError,
+    "asset": len(llmbench.read_asset("report.html")),
+    "names": sorted(vars(llmbench)),
+}))
+"""
+
+
+def seen_of_the_module(python: str, archive: Path, cwd: Path) -> dict[str, Any]:
+    """What PROBE says of an archive, whose path is written as PYZ; less the marks under a traceback's columns."""
+    done = run([python, "-c", PROBE, str(archive)], cwd)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1].replace(str(archive), "PYZ"))
+    return {**seen, "trace": re.sub(r"(?m)^ +[~^]+\n", "", seen["trace"])}
+
+
+@pytest.mark.parametrize("version", ["3.7", "3.8", "3.9", "3.10", "3.13"])
+def test_the_compiled_module_is_that_of_the_source(version: str, pyz: Path, tmp_path: Path) -> None:
+    seen = seen_of_the_module(interpreter(version), pyz, tmp_path)
+    from_source = altered(pyz, tmp_path / "altered.pyz", without_compiled)
+    assert seen == seen_of_the_module(interpreter(version), from_source, tmp_path)
+    assert seen["module"] == ["llmbench", "", os.path.join("PYZ", "llmbench.py"), "zipimporter"]
+    assert (seen["status"], seen["child_statuses"], seen["pickled"]) == (0, [0, 0], True)
+    assert seen["asset"] == (ROOT / "assets" / "report.html").stat().st_size
+    assert seen["source"].startswith("def read_asset(")
+    assert re.search(r'File "PYZ.llmbench\.py", line \d+, in read_asset\n +return loader\.get_data\(', seen["trace"])
+
+
+@pytest.mark.parametrize("version", SUPPORTED)
+def test_compiling_gives_the_same_bytes_in_any_environment(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = b"shared = 'a b', 'a b'\ndef f(x): return x in {'json', 'path', 'sys', 'a', 'b', 'c', 1.5}\n"
+    first = build.compile_program(interpreter(version), source)
+    for name, value in {"PYTHONHASHSEED": "7", "PYTHONOPTIMIZE": "2", "LC_ALL": "C", "PYTHONUTF8": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    assert build.compile_program(interpreter(version), source) == first
+
+
+def test_a_source_that_does_not_compile_fails_the_build() -> None:
+    with pytest.raises(build.BuildError, match="SyntaxError"):
+        build.compile_program(sys.executable, b"def")
+
+
+def test_a_missing_interpreter_is_left_out_and_named() -> None:
+    here = "%d.%d" % sys.version_info[:2]
+    assert list(build.find_interpreters([here, "9.9"])) == [here]
+    assert build.describe_compiled(SUPPORTED) == "compiled for Python " + ", ".join(SUPPORTED)
+    assert build.describe_compiled(SUPPORTED[1:]).endswith("; not found on this machine, so slower to start: 3.7")
+
+
+def test_the_startup_benchmark_prints_a_row_for_each_python(pyz: Path, tmp_path: Path) -> None:
+    here = "%d.%d" % sys.version_info[:2]
+    script = str(ROOT / "tests" / "bench" / "startup.py")
+    done = run([sys.executable, script, "--archive", str(pyz), "--pairs", "1", "--python", here, "9.9"], tmp_path)
+    assert done.returncode in (0, 1), done.stderr
+    rows = [line.split()[0] for line in done.stdout.splitlines()]
+    assert rows == ["llmbench.pyz,", "Python", here, "9.9"]
+
+
 # build.py's command line
 
 
@@ -116,15 +250,11 @@ def test_a_mistyped_build_command_does_nothing(arguments: list[str]) -> None:
 
 
 def test_arguments_that_are_not_its_own_go_to_pytest_in_order() -> None:
-    import build
-
     options, further = build.parser().parse_known_args(["test", "-k", "name", "--long", "tests/test_sse.py", "-x"])
     assert (options.command, options.long, further) == ("test", True, ["-k", "name", "tests/test_sse.py", "-x"])
 
 
 def test_a_failed_check_fails_the_run_though_the_tests_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    import build
-
     monkeypatch.setattr(build, "run_tools", lambda commands: 3)
     monkeypatch.setattr(build, "build", lambda: 0)
     monkeypatch.setattr(build.subprocess, "call", lambda command, cwd: 0)

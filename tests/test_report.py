@@ -271,7 +271,9 @@ class TestSentences:
         page = Page(made("invalid")[1])
         assert "no gate is judged" in page.text and "not judged" in page.text
         assert "✓ TTFT P95" not in page.text and "5 of 5 passed" not in page.text
-        assert 'class="invalid-run"' in made("invalid")[1]
+        html = made("invalid")[1]
+        assert 'class="invalid-run"' in html
+        assert html.index('data-anchor="trust"') < html.index('data-anchor="fail"') < html.index("<details")
 
     def test_a_limited_percentile_is_not_cited(self):
         run = report_data.made_run([report_data.made_rows(n=150)])
