@@ -4210,11 +4210,9 @@ def gate_row(page: Page, stage: StageView, gate: Mapping) -> Tuple[str, List[Cel
 
 
 def gates_block(page: Page, stage: StageView) -> Markup:
-    """The gates of a run of one stage."""
+    """The gates of a run of one stage; nothing when it has none."""
     if not stage.gates:
-        text = page.said("gates.none", flag="--slo 'ttft.p95<=800ms'")
-        return page.fill("subsection", title=page.said("gates"), said="", kind="", content=page.fill(
-            "note", kind="", text=text))
+        return Markup("")
     passed = len(stage.gates) - len(stage.failed_gates)
     said = page.said("gates.passed", k=passed, n=len(stage.gates)) if stage.judged else page.said("gates.not_judged")
     kind = "" if not stage.judged else "failed" if stage.failed_gates else "passed"
@@ -7116,7 +7114,7 @@ def run_parser() -> ArgumentParser:
     """The parser of `run`, made of RUN_FLAGS. `-flag`, `--flag`, with a blank or `=`; no abbreviations."""
     parser = ArgumentParser(
         prog="llmbench run", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measures a streaming LLM chat endpoint; leaves results.jsonl, results.csv, summary.json and report.html",
+        description="Measures a streaming LLM chat endpoint; leaves results.jsonl, results.csv, summary.json, report.html",
         epilog="durations: 500ms, 30s, 5m, 8h, or plain seconds\nexit status: 0 done, 2 usage, 3 no request succeeded, "
         "5 results could not be written, 130/143 interrupted",
     )  # fmt: skip

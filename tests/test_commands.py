@@ -151,16 +151,18 @@ def test_each_run_has_an_id_of_its_own():
 
 @pytest.mark.parametrize("words", [["--concur", "4"], ["--tok", "x"], ["--max-tok", "5"], ["--un"], ["--ins"]])
 def test_a_flag_may_not_be_abbreviated(words):
-    assert f"{words[0]} is not a flag" in refusal("run", "--url", "mock:", *words)
+    with pytest.raises(llmbench.UserError, match=f"{words[0]} is not a flag"):
+        config_of(*words)
 
 
-ABBREVIATED = [["-conc", "4"], ["-conc=4"], ["-to", "x"], ["-max-t", "5"], ["-uni"], ["-ins"], ["-u", "mock:"]]
+ABBREVIATED = [["-conc", "4"], ["-to", "x"], ["-max-t", "5"], ["-uni"], ["-ins"], ["-u", "mock:"]]
 
 
 @pytest.mark.parametrize("words", ABBREVIATED, ids=" ".join)
 @pytest.mark.xfail(strict=True, reason="from 3.8 on argparse abbreviates after one dash all the same")
 def test_a_flag_may_not_be_abbreviated_after_one_dash_either(words):
-    assert f"{words[0].split('=')[0]} is not a flag" in refusal("run", "--url", "mock:", *words)
+    with pytest.raises(llmbench.UserError, match=f"{words[0]} is not a flag"):
+        config_of(*words)
 
 
 @pytest.mark.parametrize("flag,near", [
@@ -309,21 +311,22 @@ def test_the_environments_token_is_stripped(monkeypatch, end):
 
 
 @pytest.mark.parametrize("words,shown", [
-    (["--url", "mock:", "--seed=3"], "llmbench --url mock: --seed=3"),
-    (["run", "--token", SECRET], "llmbench run --token '***'"),
-    (["-token", SECRET], "llmbench -token '***'"),
-    ([f"--token={SECRET}"], "llmbench '--token=***'"),
-    ([f"-token={SECRET}"], "llmbench '-token=***'"),
-    (["--token", "env:NAME"], "llmbench --token env:NAME"),
-    (["--token=file:/run/secret"], "llmbench --token=file:/run/secret"),
-    (["--header", f"Authorization: Bearer {SECRET}"], "llmbench --header 'Authorization: ***'"),
-    ([f"-header=X-Api-Key: {SECRET}"], "llmbench '-header=X-Api-Key: ***'"),
-    (["--header", "X-Team: a b"], "llmbench --header 'X-Team: a b'"),
-    (["--url", f"https://u:{SECRET}@h/v1?api-key={SECRET}&x=1"], "llmbench --url 'https://***@h/v1?api-key=***&x=1'"),
-    ([f"--url=https://h/v1?key={SECRET}"], "llmbench '--url=https://h/v1?key=***'"),
+    (["--url", "mock:", "--seed=3"], "--url mock: --seed=3"),
+    (["--token", SECRET], "--token '***'"),
+    (["-token", SECRET], "-token '***'"),
+    ([f"--token={SECRET}"], "'--token=***'"),
+    ([f"-token={SECRET}"], "'-token=***'"),
+    (["--token", "env:NAME"], "--token env:NAME"),
+    (["--token=file:/run/secret"], "--token=file:/run/secret"),
+    (["--header", f"Authorization: Bearer {SECRET}"], "--header 'Authorization: ***'"),
+    ([f"-header=X-Api-Key: {SECRET}"], "'-header=X-Api-Key: ***'"),
+    (["--header", "X-Team: a b"], "--header 'X-Team: a b'"),
+    (["--url", f"https://u:{SECRET}@h/v1?api-key={SECRET}&x=1"], "--url 'https://***@h/v1?api-key=***&x=1'"),
+    ([f"--url=https://h/v1?key={SECRET}"], "'--url=https://h/v1?key=***'"),
+    (["--workload-file", "--token", "--seed", "1"], "--workload-file --token '***' 1"),  # errs towards hiding
 ])  # fmt: skip
 def test_the_command_can_be_given_again_and_shows_no_secret(words, shown):
-    assert llmbench.shown_command(words) == shown
+    assert llmbench.shown_command(words) == f"llmbench.pyz run {shown}"
 
 
 # --- mistakes, each one line ------------------------------------------------------------------------------------------
