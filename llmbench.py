@@ -33,32 +33,24 @@ import binascii
 import bisect
 import collections
 import contextlib
-import csv
 import dataclasses
 import datetime
-import difflib
 import errno
 import functools
 import gc
 import hashlib
-import html
-import http
 import io
 import itertools
 import json
 import math
 import os
-import platform
-import random
 import re
 import select
 import selectors
 import shlex
-import shutil
 import signal
 import socket
 import ssl
-import statistics
 import string
 import struct
 import subprocess
@@ -69,6 +61,7 @@ import urllib.parse
 import zlib
 from dataclasses import dataclass, field
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Deque,
@@ -88,6 +81,9 @@ from typing import (
     Union,
 )
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+if TYPE_CHECKING:
+    import random  # imported where it is used: start-up matters
 
 try:
     import resource
@@ -1322,6 +1318,8 @@ PROVIDERS: Dict[str, Type[Provider]] = {"openai": Provider}
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known word that a mistyped one most likely means, as ` (did you mean …?)`; "" when none is near."""
+    import difflib
+
     found = difflib.get_close_matches(word, list(known), 1)
     return " (did you mean %s?)" % found[0] if found else ""
 
@@ -1525,6 +1523,8 @@ NAN = float("nan")
 
 def quantiles_inclusive(values: Sequence[float], n: int) -> List[float]:
     """`statistics.quantiles(values, n=n, method="inclusive")`, which Python 3.7 does not have yet."""
+    import statistics
+
     if hasattr(statistics, "quantiles"):
         return statistics.quantiles(values, n=n, method="inclusive")
     ordered = sorted(values)
@@ -3389,6 +3389,13 @@ def plain(value: object) -> str:
     return UNPRINTABLE.sub("\ufffd", str(value))
 
 
+def escape_html(text: str) -> str:
+    """The text with the characters that mean something to HTML written as entities."""
+    for letter, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;"), ("'", "&#x27;")):
+        text = text.replace(letter, entity)
+    return text
+
+
 def both(text: Text) -> Both:
     """A text that reads the same in both languages, as a pair."""
     return text if isinstance(text, Both) else Both(plain(text), plain(text))
@@ -3427,14 +3434,14 @@ class Page:
         if isinstance(value, Markup):
             return value
         if not isinstance(value, Both):
-            return Markup(html.escape(plain(value)))
+            return Markup(escape_html(plain(value)))
         if value.en == value.zh:
             return self.emphasised(value.en)
         return self.fill("both", en=self.emphasised(value.en), zh=self.emphasised(value.zh))
 
     def emphasised(self, text: str) -> Markup:
         """Escaped text with its marked parts in their fragments."""
-        text = html.escape(text)
+        text = escape_html(text)
         for _, sign, fragment in MARKS:
             pieces = text.split(sign)
             text = "".join(self.fill(fragment, text=Markup(piece)) if odd % 2 else piece
@@ -5567,6 +5574,8 @@ class WholeFile:
 
 def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[[str], None]) -> Dict[str, Any]:
     """Makes results.csv, summary.json and report.html from results.jsonl alone; returns the summary."""
+    import csv
+
     collector = Collector()
     columns = [name for name in Record.__dataclass_fields__ if name not in CSV_LEFT_OUT]
     with WholeFile(os.path.join(directory, RESULTS_CSV), "utf-8-sig") as file:
@@ -5598,6 +5607,8 @@ def file_digest(path: str) -> str:
 
 def host_facts(target: Endpoint) -> Dict[str, str]:
     """What the header says of this machine: name, address towards the endpoint, OS, architecture, Python."""
+    import platform
+
     offset = time.strftime("%z")
     return {
         "host": socket.gethostname(),
@@ -5663,12 +5674,23 @@ def mask_body(tree: Any) -> Any:
 
 PLAIN_LINE_SECONDS = 5.0
 LIVE_LINE_SECONDS = 0.25
-WIDE = re.compile("[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]")
 
 
 def text_width(text: str) -> int:
     """Columns that a text takes on a terminal: CJK characters take two."""
-    return len(text) + len(WIDE.findall(text))
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+
+
+def terminal_columns() -> int:
+    """The width of the terminal that stderr is, 80 where it can't be told."""
+    try:
+        return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def padded(text: str, width: int, right: bool) -> str:
@@ -5779,7 +5801,7 @@ class ProgressPrinter:
             if not progress.began:
                 continue
             if self._mode == "bar":
-                width = max(20, shutil.get_terminal_size().columns - 1)
+                width = max(20, terminal_columns() - 1)
                 line = progress_line(progress, self._texts, now)
                 while text_width(line) > width:
                     line = line[:-1]
@@ -6044,8 +6066,8 @@ def mock_options(pairs: Iterable[Tuple[str, str]]) -> MockOptions:
     for key, text in pairs:
         name = key.replace("-", "_")
         if name not in MOCK_FIELDS:
-            nearest = difflib.get_close_matches(name, MOCK_FIELDS, 1, 0.0)[0]
-            raise UserError(f"unknown mock option; the nearest known one is {nearest}")
+            known = nearest(name, MOCK_FIELDS)
+            raise UserError("a mock option is unknown%s; `llmbench mock --help` lists them" % known)
         known = MOCK_FIELDS[name].metadata
         try:
             values[name] = known["read"](text)
@@ -6414,6 +6436,8 @@ def with_head(pieces: Sequence[bytes], writes: Iterable[MockWrite]) -> Iterator[
 
 def encode_head(status: int, headers: Iterable[str], version: str = "HTTP/1.1") -> bytes:
     """Status line and header lines; empty and repeated ones are left out."""
+    import http
+
     lines = [f"{version} {status} {http.HTTPStatus(status).phrase}", *dict.fromkeys(filter(None, headers))]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
@@ -6721,6 +6745,8 @@ class MockServer:
 
     def answer_chat(self, request: MockRequest, connection: MockConnection, headers: List[str]) -> None:
         """Answers a chat request. Each draws its fault, whatever becomes of it, so that the seed fixes all."""
+        import random
+
         self.requests += 1
         chance = random.Random(self.options.seed * 1000003 + self.requests)
         fault, streams = draw_fault(self.options.fault, chance.random()), bool(request.fields.get("stream"))
@@ -7114,7 +7140,7 @@ def run_parser() -> ArgumentParser:
     """The parser of `run`, made of RUN_FLAGS. `-flag`, `--flag`, with a blank or `=`; no abbreviations."""
     parser = ArgumentParser(
         prog="llmbench run", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measures a streaming LLM chat endpoint; leaves results.jsonl, results.csv, summary.json, report.html",
+        description="Measures a streaming chat endpoint; leaves results.jsonl, results.csv, summary.json, report.html",
         epilog="durations: 500ms, 30s, 5m, 8h, or plain seconds\nexit status: 0 done, 2 usage, 3 no request succeeded, "
         "5 results could not be written, 130/143 interrupted",
     )  # fmt: skip

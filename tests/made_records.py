@@ -10,8 +10,10 @@ import llmbench
 
 def header(**config):
     """The first line of a file; `config` goes into the run's configuration."""
-    run = {"tool_version": "1.0.0", "run_id": "cafe0001", "provider": "openai", "model": "测试-model", "url": "http://h/v1/x",
-           "started_at": "2026-01-02T03:04:05.000000Z", "command": "llmbench run", "host": "bench-1", "address": "10.0.0.1",
+    run = {"tool_version": "1.0.0", "run_id": "cafe0001", "provider": "openai", "model": "测试-model",
+    "url": "http://h/v1/x",
+           "started_at": "2026-01-02T03:04:05.000000Z", "command": "llmbench run", "host": "bench-1",
+           "address": "10.0.0.1",
            "os": "Linux", "arch": "x86-64", "python": "CPython 3.11.0", "utc_offset": "+08:00"}  # fmt: skip
     settings = {"concurrency": [2], "token_mode": "usage", "prompts": {"source": "built-in", "count": 3}, **config}
     return {"llmbench": "1", "run": {**run, "config": settings}}
@@ -21,7 +23,8 @@ def record(start=0.0, first=100.0, end=1000.0, tokens=90, status="ok", stage=0, 
     """A request that starts, has its first output and ends at these moments in ms; None leaves a value out."""
     made = {"request_id": "cafe0001-%d-%s" % (stage, start), "prompt_id": "en-1", "phase": phase, "stage": stage,
             "provider": "openai", "status": status, "scheduled_ms": start, "start_ms": start, "queue_ms": 0.0,
-            "connect_ms": 0.0, "start_ts": stamp(start), "end_ts": stamp(end), "lag_ms": 0.01, "clock": "kernel"}  # fmt: skip
+            "connect_ms": 0.0, "start_ts": stamp(start), "end_ts": stamp(end),
+            "lag_ms": 0.01, "clock": "kernel"}  # fmt: skip
     if status == "ok":
         made.update(latency_ms=end - start, out_tokens=tokens, out_chars=400, in_tokens=12, ttft_slack_ms=0.0)
         if first is not None:
@@ -41,7 +44,8 @@ def with_gaps(line, gaps_ms):
     for gap in gaps_ms:
         bucket = llmbench.log_bucket(gap / 1000.0)
         hist[bucket] = hist.get(bucket, 0) + 1
-    return {**line, "itl_hist": hist, "itl_sum_ms": sum(gaps_ms), "itl_min_ms": min(gaps_ms), "itl_max_ms": max(gaps_ms),
+    return {**line, "itl_hist": hist, "itl_sum_ms": sum(gaps_ms), "itl_min_ms": min(gaps_ms),
+    "itl_max_ms": max(gaps_ms),
             "chunks": len(gaps_ms) + 1}  # fmt: skip
 
 

@@ -11,10 +11,10 @@ import sys
 import time
 
 import pytest
+from made_records import made_run, record, write_lines
 
 import llmbench
 from conftest import ROOT
-from made_records import made_run, record, write_lines
 
 OUTPUTS = ("results.csv", "summary.json", "report.html")
 SECRET = "sk-4f9aQz71/+xyz"
@@ -65,7 +65,8 @@ def test_a_full_disk_is_a_write_error(tmp_path, monkeypatch):
 
 @pytest.mark.xfail(strict=True, reason="what is written after a line that was cut off makes both unreadable")
 def test_after_a_line_that_was_cut_off_nothing_is_written(tmp_path, monkeypatch):
-    """A disk that was full for a moment must cost the last line, not the file: `report` refuses a bad line in the middle."""
+    """A disk that was full for a moment must cost the last line,
+    not the file: `report` refuses a bad line in the middle."""
     writer, write = llmbench.ResultsWriter(str(tmp_path)), os.write
     writer.write({"number": 0})
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[: len(data) // 2]))
@@ -195,7 +196,11 @@ def test_a_run_that_was_cut_off_before_any_record_still_gives_all_files(tmp_path
 
 
 def test_a_last_line_that_was_cut_off_changes_nothing_but_a_notice(tmp_path):
-    whole, cut, notices = write_lines(tmp_path / "whole", made_run()[:-1]), write_lines(tmp_path / "cut", made_run()[:-1]), []
+    whole, cut, notices = (
+        write_lines(tmp_path / "whole", made_run()[:-1]),
+        write_lines(tmp_path / "cut", made_run()[:-1]),
+        [],
+    )
     with open(cut / "results.jsonl", "ab") as file:
         file.write(b'{"request_id":"cafe0001-0-99","status":"o')
     build(whole)
@@ -263,7 +268,12 @@ def test_every_cell_of_the_csv_is_guarded_and_numbers_stay_numbers(tmp_path):
     build(tmp_path)
     names, row = read_csv(tmp_path)
     cells = dict(zip(names, row))
-    assert (cells["prompt_id"], cells["err"], cells["queue_ms"], cells["lag_ms"]) == ("'=HYPERLINK(1)", "'@x", "-0.5", "")
+    assert (cells["prompt_id"], cells["err"], cells["queue_ms"], cells["lag_ms"]) == (
+        "'=HYPERLINK(1)",
+        "'@x",
+        "-0.5",
+        "",
+    )
 
 
 # --- the output directory ---------------------------------------------------------------------------------------------
@@ -300,7 +310,8 @@ def test_a_directory_that_may_not_be_written_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("model,name", [
-    ("gpt-4o", "gpt-4o"), ("Qwen/Qwen2.5-7B", "Qwen_Qwen2.5-7B"), ("../../etc/passwd", "etc_passwd"), ("a b\n\x1b[2Jc", "a_b_2Jc"),
+    ("gpt-4o", "gpt-4o"), ("Qwen/Qwen2.5-7B", "Qwen_Qwen2.5-7B"), ("../../etc/passwd", "etc_passwd"),
+    ("a b\n\x1b[2Jc", "a_b_2Jc"),
     ("", "model"), ("..", "model"), ("/", "model"), ("m" * 300, "m" * 60), ("模型", "model"),
 ])  # fmt: skip
 def test_the_default_directory_is_a_plain_name(model, name):
@@ -370,7 +381,9 @@ def test_the_command_shows_no_part_of_an_odd_password(password):
 
 
 def test_what_is_no_secret_is_in_the_header():
-    text, tree = header_of("--max-tokens", "77", "--header", "X-Team: blue", "--body", '{"temperature": 0, "max_tokens": 5}')
+    text, tree = header_of(
+        "--max-tokens", "77", "--header", "X-Team: blue", "--body", '{"temperature": 0, "max_tokens": 5}'
+    )
     config = tree["config"]
     assert (config["max_tokens"], config["header"], config["token_mode"]) == (77, ["X-Team: blue"], "usage")
     assert config["body"] == {"temperature": 0, "max_tokens": 5}

@@ -13,10 +13,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from made_records import made_run, write_lines
 
 import llmbench
 from conftest import ROOT, SUPPORTED, interpreter
-from made_records import made_run, write_lines
 
 SECRET = "sk-4f9aQz71xyz"
 FLAGS = {flag.name: flag for flag in llmbench.RUN_FLAGS}
@@ -46,14 +46,16 @@ def refusal(*words):
 
 
 @pytest.mark.parametrize("text,seconds", [
-    ("500ms", 0.5), ("30s", 30.0), ("5m", 300.0), ("8h", 28800.0), ("1.5s", 1.5), (".5s", 0.5), ("2.", 2.0), ("45", 45.0),
+    ("500ms", 0.5), ("30s", 30.0), ("5m", 300.0), ("8h", 28800.0), ("1.5s", 1.5), (".5s", 0.5), ("2.", 2.0),
+    ("45", 45.0),
     ("0.25", 0.25), (" 3s ", 3.0), ("1ms", 0.001),
 ])  # fmt: skip
 def test_durations(text, seconds):
     assert llmbench.read_duration(text) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["", "s", "0", "0s", "0.0ms", "-1s", "5 m", "1h30m", "1e3", "inf", "nan", "5d", "5S", "5us", "１s",
+@pytest.mark.parametrize("text", ["", "s", "0", "0s", "0.0ms", "-1s", "5 m", "1h30m", "1e3", "inf", "nan", "5d", "5S",
+"5us", "１s",
                                   "1,5s", "5s\n6s"])  # fmt: skip
 def test_what_is_no_duration(text):
     with pytest.raises(ValueError, match=r"^(needs a duration such as|must be above 0)"):
@@ -62,7 +64,8 @@ def test_what_is_no_duration(text):
 
 @pytest.mark.parametrize("read,text,value", [
     (llmbench.read_count(1), "1", 1), (llmbench.read_count(0), "0", 0), (llmbench.read_count(1), " 7 ", 7),
-    (llmbench.read_counts, "1,2,4", [1, 2, 4]), (llmbench.read_counts, "16", [16]), (llmbench.read_counts, "1, 2", [1, 2]),
+    (llmbench.read_counts, "1,2,4", [1, 2, 4]), (llmbench.read_counts, "16", [16]),
+    (llmbench.read_counts, "1, 2", [1, 2]),
     (llmbench.read_choice("a", "b"), "b", "b"), (llmbench.read_json_object, '{"a": [1, null]}', {"a": [1, None]}),
 ])  # fmt: skip
 def test_values(read, text, value):
@@ -77,14 +80,14 @@ def test_values(read, text, value):
 ])  # fmt: skip
 def test_bad_values(read, texts):
     for text in texts:
-        with pytest.raises(ValueError, match="^needs "):
+        with pytest.raises(ValueError, match=r"^needs "):
             read(text)
 
 
 @pytest.mark.parametrize("text", ['{"temperature": NaN}', '{"n": Infinity}'])
 @pytest.mark.xfail(strict=True, reason="NaN and Infinity are read, and sent and written as what is no JSON")
 def test_a_body_is_strict_json(text):
-    with pytest.raises(ValueError, match="^needs "):
+    with pytest.raises(ValueError, match=r"^needs "):
         llmbench.read_json_object(text)
 
 
@@ -92,12 +95,14 @@ def test_a_body_is_strict_json(text):
 
 # A value for each flag and the field of the configuration that it sets.
 SET_BY = {
-    "url": ("http://h/v1", "http://h/v1"), "provider": ("openai2", "openai2"), "model": ("m", "m"), "token": ("t0k", "t0k"),
+    "url": ("http://h/v1", "http://h/v1"), "provider": ("openai2", "openai2"), "model": ("m", "m"),
+    "token": ("t0k", "t0k"),
     "concurrency": ("2,4", [2, 4]), "total-requests": ("7", 7), "duration": ("9s", 9.0), "grace": ("1s", 1.0),
     "warmup": ("3", 3), "max-tokens": ("5", 5), "max-tokens-field": ("max_completion_tokens", "max_completion_tokens"),
     "token-mode": ("chars", "chars"), "think-tags": ("off", "off"), "workload-file": ("w.txt", "w.txt"),
     "timeout": ("1m", 60.0), "connect-timeout": ("2s", 2.0), "ttft-timeout": ("3s", 3.0), "idle-timeout": ("4s", 4.0),
-    "insecure": (None, True), "ca-cert": ("ca.pem", "ca.pem"), "header": ("K: V", ["K: V"]), "body": ('{"a":1}', {"a": 1}),
+    "insecure": (None, True), "ca-cert": ("ca.pem", "ca.pem"), "header": ("K: V", ["K: V"]),
+    "body": ('{"a":1}', {"a": 1}),
     "end-optional": (None, True), "count-connect": (None, True), "record-chunks": (None, True), "out": ("o", "o"),
     "seed": ("42", 42), "progress": ("lines", "lines"), "lang": ("zh", "zh"), "no-unique": (None, False),
 }  # fmt: skip
@@ -151,7 +156,7 @@ def test_each_run_has_an_id_of_its_own():
 
 @pytest.mark.parametrize("words", [["--concur", "4"], ["--tok", "x"], ["--max-tok", "5"], ["--un"], ["--ins"]])
 def test_a_flag_may_not_be_abbreviated(words):
-    with pytest.raises(llmbench.UserError, match=f"{words[0]} is not a flag"):
+    with pytest.raises(llmbench.UserError, match=rf"{words[0]} is not a flag"):
         config_of(*words)
 
 
@@ -161,20 +166,23 @@ ABBREVIATED = [["-conc", "4"], ["-to", "x"], ["-max-t", "5"], ["-uni"], ["-ins"]
 @pytest.mark.parametrize("words", ABBREVIATED, ids=" ".join)
 @pytest.mark.xfail(strict=True, reason="from 3.8 on argparse abbreviates after one dash all the same")
 def test_a_flag_may_not_be_abbreviated_after_one_dash_either(words):
-    with pytest.raises(llmbench.UserError, match=f"{words[0]} is not a flag"):
+    with pytest.raises(llmbench.UserError, match=rf"{words[0]} is not a flag"):
         config_of(*words)
 
 
 @pytest.mark.parametrize("flag,near", [
-    ("--tokne", "--token"), ("-modle", "--model"), ("--concurency", "--concurrency"), ("--Url", "--url"), ("--max_tokens", "--max-tokens"),
+    ("--tokne", "--token"), ("-modle", "--model"), ("--concurency", "--concurrency"), ("--Url", "--url"),
+    ("--max_tokens", "--max-tokens"),
 ])  # fmt: skip
 def test_a_mistyped_flag_is_named_with_the_nearest_one(flag, near):
     assert refusal("run", "--url", "mock:", flag, "5").startswith(f"{flag} is not a flag (did you mean {near}?); ")
 
 
 NOT_ECHOED = [
-    ["--tokne", SECRET], [f"--tokne={SECRET}"], ["-tokne", SECRET], [f"-tokne={SECRET}"], [f"-tok={SECRET}"], ["-tok", SECRET],
-    ["--tokne", f"env:{SECRET}"], [SECRET], ["--", SECRET], ["--insecure", SECRET], ["--headr", f"Authorization: Bearer {SECRET}"],
+    ["--tokne", SECRET], [f"--tokne={SECRET}"], ["-tokne", SECRET], [f"-tokne={SECRET}"], [f"-tok={SECRET}"],
+    ["-tok", SECRET],
+    ["--tokne", f"env:{SECRET}"], [SECRET], ["--", SECRET], ["--insecure", SECRET],
+    ["--headr", f"Authorization: Bearer {SECRET}"],
     [f"--headr=Authorization: Bearer {SECRET}"], ["--header", SECRET], ["--body", SECRET], ["--lang", SECRET],
     ["--concurrency", SECRET], [f"--timeout={SECRET}"], ["--token", f"-{SECRET}"], ["--token-mode", SECRET],
 ]  # fmt: skip
@@ -192,7 +200,9 @@ def test_a_mistyped_flags_value_is_not_echoed(words):
 
 
 @pytest.mark.parametrize("words", ECHOED, ids=" ".join)
-@pytest.mark.xfail(strict=True, reason="argparse repeats the value of a switch; a word that begins with a dash is echoed whole")
+@pytest.mark.xfail(
+    strict=True, reason="argparse repeats the value of a switch; a word that begins with a dash is echoed whole"
+)
 def test_a_value_that_sticks_to_its_flag_is_not_echoed(words):
     assert SECRET not in refusal("run", "--url", "mock:", *words)
 
@@ -210,7 +220,9 @@ def test_a_url_that_is_refused_shows_no_secret(url, request):
     assert SECRET not in refusal("run", "--url", url, "--model", "m")
 
 
-@pytest.mark.parametrize("word,near", [("rnu", "run"), ("reprot", "report"), ("provider", "providers"), ("mok", "mock")])
+@pytest.mark.parametrize(
+    "word,near", [("rnu", "run"), ("reprot", "report"), ("provider", "providers"), ("mok", "mock")]
+)
 def test_an_unknown_command_is_answered_with_the_nearest_one(word, near):
     line = refusal(word, "--url", "mock:")
     assert "is not a command" in line and f"did you mean {near}?" in line
@@ -241,7 +253,9 @@ def test_every_python_reads_a_command_line_the_same_way(version):
     refused = said[len(taken) :]
     assert len(refused) == len(NOT_ECHOED)
     assert [line for line in refused if SECRET in line] == []
-    assert [words for words, line in zip(NOT_ECHOED, refused) if line == "taken"] == [["--header", SECRET]]  # read later
+    assert [words for words, line in zip(NOT_ECHOED, refused) if line == "taken"] == [
+        ["--header", SECRET]
+    ]  # read later
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -251,7 +265,14 @@ def test_a_token_is_itself_or_says_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", f" {SECRET}\n")
     path = tmp_path / "token"
     path.write_bytes(f"{SECRET}\r\n".encode())
-    for text in (SECRET, f" {SECRET} ", "env:MY_TOKEN", f"file:{path}", f"cmd:cat '{path}'", f"cmd:echo {SECRET}; echo more"):
+    for text in (
+        SECRET,
+        f" {SECRET} ",
+        "env:MY_TOKEN",
+        f"file:{path}",
+        f"cmd:cat '{path}'",
+        f"cmd:echo {SECRET}; echo more",
+    ):
         assert llmbench.read_secret(text, "--token") == SECRET
     monkeypatch.setenv("HOME", str(tmp_path))
     assert llmbench.read_secret("file:~/token", "--token") == SECRET
@@ -261,7 +282,8 @@ def test_a_token_is_itself_or_says_where_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text,said", [
     ("env:NOT_SET_ANYWHERE", "env:NOT_SET_ANYWHERE: that variable is not set"), ("env:", "not set"),
-    ("file:/nowhere/token", "file:/nowhere/token cannot be read: No such file"), ("file:/", "cannot be read: Is a directory"),
+    ("file:/nowhere/token", "file:/nowhere/token cannot be read: No such file"),
+    ("file:/", "cannot be read: Is a directory"),
     ("cmd:exit 3", "status 3"), ("cmd:true", "printed no secret"), ("cmd:no-such-command-anywhere", "status 127"),
 ])  # fmt: skip
 def test_a_token_that_cannot_be_had_is_one_line(text, said):
@@ -272,12 +294,18 @@ def test_a_token_that_cannot_be_had_is_one_line(text, said):
 
 def test_what_a_failing_command_prints_is_not_shown():
     with pytest.raises(llmbench.UserError) as caught:
-        llmbench.read_secret(f"cmd:v={SECRET[:5]}; echo ${{v}}{SECRET[5:]}; echo ${{v}}{SECRET[5:]} >&2; exit 1", "--token")
+        llmbench.read_secret(
+            f"cmd:v={SECRET[:5]}; echo ${{v}}{SECRET[5:]}; echo ${{v}}{SECRET[5:]} >&2; exit 1", "--token"
+        )
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"\n \n", b"\xef\xbb\xbf" + SECRET.encode()], ids=["empty", "blank", "byte order mark"])
-@pytest.mark.xfail(strict=True, reason="an empty file is a token of nothing, and a byte order mark is part of the token")
+@pytest.mark.parametrize(
+    "data", [b"", b"\n \n", b"\xef\xbb\xbf" + SECRET.encode()], ids=["empty", "blank", "byte order mark"]
+)
+@pytest.mark.xfail(
+    strict=True, reason="an empty file is a token of nothing, and a byte order mark is part of the token"
+)
 def test_a_token_file_holds_a_token_and_nothing_else(tmp_path, data):
     (tmp_path / "token").write_bytes(data)
     if SECRET.encode() in data:
@@ -289,7 +317,8 @@ def test_a_token_file_holds_a_token_and_nothing_else(tmp_path, data):
 
 @pytest.mark.parametrize("environment,url,token", [
     ({}, "http://h", ""), ({"OPENAI_API_KEY": "o"}, "http://h", "o"), ({"LLMBENCH_TOKEN": "l"}, "http://h", "l"),
-    ({"OPENAI_API_KEY": "o", "LLMBENCH_TOKEN": "l"}, "http://h", "l"), ({"OPENAI_API_KEY": "o", "LLMBENCH_TOKEN": ""}, "http://h", "o"),
+    ({"OPENAI_API_KEY": "o", "LLMBENCH_TOKEN": "l"}, "http://h", "l"),
+    ({"OPENAI_API_KEY": "o", "LLMBENCH_TOKEN": ""}, "http://h", "o"),
     ({"LLMBENCH_TOKEN": "l"}, "mock:", ""),
 ])  # fmt: skip
 def test_the_environments_token_is_for_real_endpoints(monkeypatch, environment, url, token):
@@ -384,7 +413,7 @@ def lay_out(directory):
 
 def check_mistake(program, directory, words, said):
     before = lay_out(directory)
-    done = subprocess.run([*program, *words], cwd=str(directory), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+    done = subprocess.run([*program, *words], cwd=str(directory), capture_output=True, timeout=30)
     error = done.stderr.decode("utf-8")
     assert ERROR.fullmatch(error), error
     assert said in error
@@ -485,7 +514,8 @@ def test_providers_are_listed(capsys):
 
 @pytest.mark.parametrize("locale,language", [
     ({"LANG": "zh_CN.UTF-8"}, "zh"), ({"LANG": "en_US.UTF-8"}, "en"), ({"LANG": "de_DE"}, "en"), ({"LANG": ""}, "en"),
-    ({"LANG": "en_US", "LC_ALL": "zh_TW"}, "zh"), ({"LANG": "zh_CN", "LC_MESSAGES": "C"}, "en"), ({"LANG": "C", "LC_ALL": ""}, "en"),
+    ({"LANG": "en_US", "LC_ALL": "zh_TW"}, "zh"), ({"LANG": "zh_CN", "LC_MESSAGES": "C"}, "en"),
+    ({"LANG": "C", "LC_ALL": ""}, "en"),
 ])  # fmt: skip
 def test_the_language_is_the_locales(monkeypatch, locale, language):
     for name, value in locale.items():
@@ -498,7 +528,7 @@ def test_report_builds_the_same_files_again(programs, tmp_path):
     directory = write_lines(tmp_path / "中文 run", made_run(stages=2))
     files, made = ("summary.json", "results.csv", "report.html"), []
     for _ in range(2):
-        done = subprocess.run([*programs, "report", str(directory)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        done = subprocess.run([*programs, "report", str(directory)], capture_output=True)
         assert (done.returncode, done.stderr) == (0, b"")
         assert "4 streams" in done.stdout.decode("utf-8") and b"\x1b" not in done.stdout
         made.append([(directory / name).read_bytes() for name in files])
@@ -529,16 +559,18 @@ def test_a_report_that_cannot_be_made_is_one_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", REPORT_NOWHERE)
-@pytest.mark.xfail(strict=True, reason="exit status 5, results.csv could not be written: the results are looked for later")
+@pytest.mark.xfail(
+    strict=True, reason="exit status 5, results.csv could not be written: the results are looked for later"
+)
 def test_a_report_of_nothing_is_a_mistake_and_no_write_error(tmp_path, name):
     check_mistake([sys.executable, str(ROOT / "llmbench.py"), "report"], tmp_path, *REPORT_NOWHERE[name])
 
 
-# --- a whole run against an endpoint that repeats everything it is sent ------------------------------------------------
+# --- a whole run against an endpoint that repeats everything it is sent -----------------------------------------------
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
-    """Answers a stream, or every other request an error, that holds the whole request: line, headers and body."""
+    """Answers a stream, or every other time an error, that holds the whole request: line, headers and body."""
 
     protocol_version = "HTTP/1.1"
     answered = 0
@@ -577,7 +609,13 @@ def echo():
     server.server_close()
 
 
-SECRETS = {"token": "tk-11/22+33==", "password": "pw-44-55-66", "query": "qk-77-88-99", "header": "hd-aa-bb-cc", "cookie": "ck-dd-ee-ff"}
+SECRETS = {
+    "token": "tk-11/22+33==",
+    "password": "pw-44-55-66",
+    "query": "qk-77-88-99",
+    "header": "hd-aa-bb-cc",
+    "cookie": "ck-dd-ee-ff",
+}
 
 
 def echoed_run(port, directory, *words, user=""):
@@ -585,7 +623,7 @@ def echoed_run(port, directory, *words, user=""):
     command = [sys.executable, str(ROOT / "llmbench.py"), "run", "--url", url, "--model", "m", "--total-requests", "8",
                "--header", f"X-Api-Key: {SECRETS['header']}", "--header", f"Cookie: session={SECRETS['cookie']}",
                "--progress", "lines", "--out", str(directory), *words]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+    done = subprocess.run(command, capture_output=True, timeout=30)
     shown = {path.name: path.read_bytes().decode("utf-8") for path in directory.iterdir()}
     assert set(shown) == {"results.jsonl", "results.csv", "summary.json", "report.html"}, done.stderr
     return {**shown, "stdout": done.stdout.decode("utf-8"), "stderr": done.stderr.decode("utf-8")}

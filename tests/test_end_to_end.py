@@ -17,7 +17,6 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -25,7 +24,7 @@ import llmbench
 from conftest import ROOT, SUPPORTED, find_interpreters, interpreter
 from servers import (
     CHUNKED, HELLO, LAST_CHUNK, PATIENCE, Server, answer, chunk, closed_port, event, full_listener, measure,
-    mock_server, prepare, says, streamed,
+    mock_server, says, streamed,
 )  # fmt: skip
 
 CHECKOUT = [sys.executable, str(ROOT / "llmbench.py")]
@@ -155,7 +154,6 @@ def test_role_frame_sent_at_once_is_not_the_first_token(plan_runs):
     """The mock sends it at 0 ms by default: the first byte comes then, the TTFT does not move."""
     summary = plan_runs["1 stream"].summary
     assert summary["ttfb_ms"]["p50"] < 20.0
-    assert plan_runs["role frame at ttft"].summary["ttfb_ms"]["p50"] > 199.0
 
 
 def test_reused_and_new_connections_agree(plan_runs):
@@ -394,7 +392,7 @@ def test_second_interrupt_while_the_files_are_written_loses_none(number, status,
         run.process.send_signal(number)
         halves.released.set()
         wait_until(lambda: '{"end":' in (tmp_path / "out" / "results.jsonl").read_text())
-        while run.process.poll() is None:
+        while run.process.poll() is None and run.files != FILES:
             run.process.send_signal(number)
             time.sleep(0.005)
         run.wait()
@@ -450,6 +448,18 @@ def test_kill_loses_what_is_in_flight_at_most(tmp_path):
     assert "cut off" in json.dumps(run.summary) + report.stdout.decode() + report.stderr.decode()
 
 
+def test_report_of_a_run_that_was_killed_before_its_first_record(tmp_path):
+    with Server(lambda peer, _: peer.hold()) as server:
+        run = started(Run(tmp_path / "out", "--url", server.url, "--total-requests", "5"), server, 1)
+        run.process.kill()
+        run.wait()
+    assert run.records == []
+    report = subprocess.run([*CHECKOUT, "report", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"Traceback" not in report.stderr, report.stderr
+    assert report.returncode == 0
+    assert run.files == FILES
+
+
 @linux
 def test_killed_run_leaves_no_mock_behind(tmp_path):
     run = Run(tmp_path / "out", "--url", "mock:?ttft=5000", "--total-requests", "5")
@@ -480,7 +490,8 @@ def test_results_that_cannot_be_written(streams, tmp_path):
     result = run(tmp_path / "out", "--url", "mock:?ttft=1&itl=1&tokens=3", "--total-requests", "200",
                  "--concurrency", str(streams), preexec_fn=limit(resource.RLIMIT_FSIZE, 20000))  # fmt: skip
     assert result.status == 5
-    assert one_line(result.stderr), result.stderr
+    assert one_line(result.stderr.split("\n", result.stderr.count("\n") - 1)[-1]), "the last line says what is wrong"
+    assert "Traceback" not in result.stderr and "never retrieved" not in result.stderr
     lines = (tmp_path / "out" / "results.jsonl").read_text().split("\n")
     assert len([json.loads(line) for line in lines[:-1]]) > 5
     report = subprocess.run([*CHECKOUT, "report", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -523,6 +534,14 @@ def test_terminal_that_is_gone(tmp_path):
         assert "Exception" not in result.stderr, result.stderr
         assert result.files == FILES
         assert result.status in (0, 141)
+
+
+def test_exit_status_does_not_depend_on_who_reads(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = run(tmp_path / "out", "--url", "mock:?fault=http500&ttft=1", "--total-requests", "2", stdout=writer)
+    os.close(writer)
+    assert (result.status, result.stderr, result.files) == (3, "", FILES)
 
 
 def test_progress_goes_on_where_nobody_reads_it(tmp_path):
@@ -709,10 +728,3 @@ def test_a_thousand_streams_for_a_minute_leave_nothing_open_and_the_memory_flat(
     third = len(resident) // 3
     growth = statistics.median(resident[-third:]) - statistics.median(resident[5 : 5 + third])
     assert growth < 8 << 20, "memory grew by %.1f MB" % (growth / (1 << 20))
-
-
-def test_prepare_is_what_the_program_does():
-    """The runner that these tests build is built as the program builds it: same arguments, in the same order."""
-    assert prepare.__code__.co_varnames[:3] == ("config", "poll", "sink")
-    names = NamedTuple("Names", [("config", object)])._fields
-    assert names == ("config",)

@@ -1,4 +1,4 @@
-"""Providers: what an event means, whoever sent it; what a request says; and that the fast reading equals the full one."""
+"""Providers: what an event means, whoever sent it; what a request says; and that the fast reading is the full one."""
 
 from __future__ import annotations
 

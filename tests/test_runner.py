@@ -565,7 +565,7 @@ def test_secrets_that_the_endpoint_echoes_are_masked(kind):
     assert_hidden(record, SECRET)
 
 
-def assert_hidden(record, secret, piece=6):
+def assert_hidden(record, secret, piece=8):
     """No stretch of the secret stands in the record, however it is escaped."""
     text = json.dumps(record).replace("\\\\", "\\").replace("\\/", "/")
     for start in range(len(secret) - piece + 1):
@@ -796,6 +796,22 @@ def test_stop_cancels_what_outlives_the_patience(waiting):
     assert not measured.complaints
 
 
+def test_past_the_grace_nothing_is_sent_again():
+    """The probe is cancelled at the end of the grace: what it was for is not sent, to wait out its own time-out."""
+
+    def behave(peer, request):
+        if "stream_options" in request.fields:
+            peer.send(answer(400, {"error": "stream_options"}))
+            return
+        peer.send(CHUNKED + chunk(TEXT))
+        peer.hold()
+
+    with Server(behave) as server:
+        measured = measure(server.url, duration=0.2, grace=0.1, timeout=4.0)
+    assert measured.seconds < 2
+    assert [record["status"] for record in measured.of_phase("probe")] == ["cancelled"]
+
+
 @pytest.mark.parametrize("when", ["opening ahead", "opening for a probe"])
 def test_a_second_interrupt_ends_connections_that_are_being_opened(when):
     with full_listener() as silent, Server(says(answer(400, {"error": "stream_options"}))) as server:
@@ -830,6 +846,24 @@ def test_a_sink_that_fails_ends_the_run_with_its_error_and_no_other():
         run(server.url)
     llmbench.gc.collect()  # what a task leaves behind is complained of when it is collected
     assert not [complaint["message"] for complaint in complaints]
+
+
+def test_a_sink_that_fails_does_not_wait_for_the_other_streams():
+    """Nothing that comes in after it could be written: time-outs of minutes must not pass first."""
+
+    def behave(peer, request):
+        if request.number:
+            peer.hold()
+        peer.send(HELLO)
+
+    def sink(line):
+        raise llmbench.WriteError("disk full")
+
+    began = time.monotonic()
+    with Server(behave) as server, event_loop() as (loop, poll), pytest.raises(llmbench.WriteError):
+        runner = prepare(settings(server.url, concurrency=3, timeout=4.0), poll, sink)
+        loop.run_until_complete(runner.run(llmbench.plan_stages(runner.config)))
+    assert time.monotonic() - began < 2.0
 
 
 def test_error_keys_hold_no_request_of_their_own():

@@ -9,9 +9,9 @@ import random
 import statistics
 
 import pytest
+from made_records import collect, made_run, record, rows_of, with_gaps
 
 import llmbench
-from made_records import collect, made_run, record, rows_of, with_gaps
 
 SHAPES = {
     "uniform": lambda draw: draw.uniform(1, 100),
@@ -41,7 +41,9 @@ def test_percentiles_are_those_of_the_standard_library(shape, n):
 
 
 def test_without_the_standard_librarys_quantiles_the_values_are_the_same_to_the_last_bit(monkeypatch):
-    cases = [(samples(shape, size), n) for shape in SHAPES for size in (2, 3, 4, 37, 500) for n in (2, 4, 10, 100, 1000)]
+    cases = [
+        (samples(shape, size), n) for shape in SHAPES for size in (2, 3, 4, 37, 500) for n in (2, 4, 10, 100, 1000)
+    ]
     cases += [([3, 1, 2], 100), ([1e-300, 1e300, -1e300, 0.1], 100)]
     expected = [statistics.quantiles(values, n=n, method="inclusive") for values, n in cases]
     monkeypatch.delattr(statistics, "quantiles")
@@ -204,7 +206,9 @@ def test_the_reason_stands_in_the_summary_instead_of_the_figure():
 
 
 @pytest.mark.parametrize("missing", ["ttfe_ms", "out_tokens"])
-@pytest.mark.xfail(strict=True, reason="a request whose first output or tokens are unknown counts as one without tokens")
+@pytest.mark.xfail(
+    strict=True, reason="a request whose first output or tokens are unknown counts as one without tokens"
+)
 def test_steady_throughput_is_absent_rather_than_too_low(missing):
     """A whole completion (no first output) or a request without usage gives tokens that nobody can place or count."""
     value, reason = llmbench.steady_throughput(rows_of(STREAMS[:2] + without(STREAMS[2:], missing)))
@@ -277,10 +281,14 @@ def test_request_tps_is_the_inverse_of_tpot():
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 SAME_CAUSE = {
-    "request id of digits": ["HTTP 500: upstream timed out (request id: 2026112404390012)",
-                             "HTTP 500: upstream timed out (request id: 2026112404390777)"],
-    "uuid": ["HTTP 502: trace 550e8400-e29b-41d4-a716-446655440000 failed",
-             "HTTP 502: trace 7c9e6679-7425-40de-944b-e07fc1f90ae7 failed"],
+    "request id of digits": [
+        "HTTP 500: upstream timed out (request id: 2026112404390012)",
+        "HTTP 500: upstream timed out (request id: 2026112404390777)",
+    ],
+    "uuid": [
+        "HTTP 502: trace 550e8400-e29b-41d4-a716-446655440000 failed",
+        "HTTP 502: trace 7c9e6679-7425-40de-944b-e07fc1f90ae7 failed",
+    ],
     "hex": ["HTTP 502: trace deadbeef0001 failed", "HTTP 502: trace 00facade1234 failed"],
     "numbers": ["rate limit: 4096 of 5000 used, retry in 17s", "rate limit: 5001 of 5000 used, retry in 23s"],
 }
@@ -302,7 +310,9 @@ def test_failures_that_differ_in_numbers_only_are_one_cause(name):
 
 
 @pytest.mark.parametrize("name", WANTED_SAME)
-@pytest.mark.xfail(strict=True, reason="ids of letters and digits stay in the key: each failure becomes a cause of its own")
+@pytest.mark.xfail(
+    strict=True, reason="ids of letters and digits stay in the key: each failure becomes a cause of its own"
+)
 def test_failures_that_differ_in_their_id_only_are_one_cause(name):
     assert len({llmbench.error_key(err) for err in WANTED_SAME[name]}) == 1
 
@@ -318,8 +328,13 @@ def test_a_key_is_short_and_takes_little_time():
 
 
 def test_errors_are_grouped_with_count_sample_and_first_moment():
-    lines = [record(0), record(30, status="http_error", err="HTTP 500: job 1234"), record(20, status="timeout", err="idle"),
-             record(10, status="http_error", err="HTTP 500: job 77", error_raw='{"raw":1}'), record(40, status="timeout")]
+    lines = [
+        record(0),
+        record(30, status="http_error", err="HTTP 500: job 1234"),
+        record(20, status="timeout", err="idle"),
+        record(10, status="http_error", err="HTTP 500: job 77", error_raw='{"raw":1}'),
+        record(40, status="timeout"),
+    ]
     assert llmbench.merge_errors([rows_of(lines)]) == [
         {"status": "http_error", "key": "HTTP 500: job #", "count": 2, "sample": '{"raw":1}', "first_ms": 10},
         {"status": "timeout", "key": "idle", "count": 1, "sample": "idle", "first_ms": 20},
@@ -377,7 +392,13 @@ def test_nothing_unknown_is_null_or_not_a_number():
             else:
                 yield value
 
-    for lines in (made_run(), [record(status="timeout")], [record(phase="warmup")], [], [record(first=None, tokens=None)]):
+    for lines in (
+        made_run(),
+        [record(status="timeout")],
+        [record(phase="warmup")],
+        [],
+        [record(first=None, tokens=None)],
+    ):
         values = list(leaves(llmbench.summarize(collect(lines))))
         assert None not in values
         assert all(math.isfinite(value) for value in values if isinstance(value, float))
@@ -391,9 +412,18 @@ def test_a_run_without_success_has_counts_and_no_figures(statuses):
 
 
 def test_the_client_says_what_its_busiest_process_did():
-    lines = [{"audit": {"part": 0, "cpu_percent": 12.5}}, {"audit": {"part": 1, "cpu_percent": 80.0}}, record(lag_ms=2.0)]
+    lines = [
+        {"audit": {"part": 0, "cpu_percent": 12.5}},
+        {"audit": {"part": 1, "cpu_percent": 80.0}},
+        record(lag_ms=2.0),
+    ]
     block = llmbench.summarize(collect(lines))["client"]
-    assert (block["processes"], block["cpu_percent"], block["clock"], block["lag_ms"]["max"]) == (2, 80.0, "kernel", 2.0)
+    assert (block["processes"], block["cpu_percent"], block["clock"], block["lag_ms"]["max"]) == (
+        2,
+        80.0,
+        "kernel",
+        2.0,
+    )
 
 
 @pytest.mark.parametrize("clocks,said", [("kernel", "kernel"), ("user", "user"), ("kernel user", "mixed"), ("", None)])
@@ -408,7 +438,8 @@ def test_the_first_samples_are_kept():
 
 
 @pytest.mark.parametrize("text,seconds", [
-    ("1970-01-01T00:00:01.500000Z", 1.5), ("1970-01-02T00:00:00Z", 86400.0), ("2026-01-02T03:04:05.000001Z", 1767323045.000001),
+    ("1970-01-01T00:00:01.500000Z", 1.5), ("1970-01-02T00:00:00Z", 86400.0),
+    ("2026-01-02T03:04:05.000001Z", 1767323045.000001),
 ])  # fmt: skip
 def test_timestamps(text, seconds):
     assert llmbench.timestamp(text) == pytest.approx(seconds, abs=1e-6)

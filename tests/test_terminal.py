@@ -10,10 +10,10 @@ import threading
 import time
 
 import pytest
+from made_records import collect, made_run, record
 
 import llmbench
 from conftest import ROOT
-from made_records import collect, made_run, record
 
 ASSETS = llmbench.load_assets()
 TEXTS = {language: llmbench.load_texts(ASSETS, language) for language in ("en", "zh")}
@@ -72,14 +72,16 @@ def test_short_durations(seconds, shown):
 
 
 @pytest.mark.parametrize("text,width", [
-    ("", 0), ("abc", 3), ("首字时间", 8), ("P50，毫秒", 9), ("한국어", 6), ("カナ", 4), ("ｶﾅ", 2), ("（全角）", 8), ("– × † …", 7),
+    ("", 0), ("abc", 3), ("首字时间", 8), ("P50，毫秒", 9), ("한국어", 6), ("カナ", 4), ("ｶﾅ", 2), ("（全角）", 8),
+    ("– × † …", 7),
 ])  # fmt: skip
 def test_cjk_characters_take_two_columns(text, width):
     assert llmbench.text_width(text) == width
 
 
 @pytest.mark.parametrize("text,width,right,shown", [
-    ("ab", 5, False, "ab   "), ("ab", 5, True, "   ab"), ("中文", 5, False, "中文 "), ("中文", 3, True, "中文"), ("", 2, True, "  "),
+    ("ab", 5, False, "ab   "), ("ab", 5, True, "   ab"), ("中文", 5, False, "中文 "), ("中文", 3, True, "中文"),
+    ("", 2, True, "  "),
 ])  # fmt: skip
 def test_padding(text, width, right, shown):
     assert llmbench.padded(text, width, right) == shown
@@ -127,7 +129,9 @@ def test_the_summary_in_a_file_has_no_escape_codes(texts, capsys):
     assert "\x1b" not in shown and "\r" not in shown and "report.html" in shown
 
 
-@pytest.mark.xfail(strict=True, reason="what an endpoint writes into an error or a model's name goes to the terminal raw")
+@pytest.mark.xfail(
+    strict=True, reason="what an endpoint writes into an error or a model's name goes to the terminal raw"
+)
 def test_an_endpoint_cannot_send_escape_codes_to_the_terminal():
     lines = [record(), record(status="http_error", err="HTTP 500: \x1b]0;title\x07\x1b[2J\rgone\x9b31m")]
     shown = "\n".join(lines_of(lines, TEXTS["en"]))
@@ -257,7 +261,12 @@ def test_a_live_line_never_wraps(fast, monkeypatch):
 
 def test_a_note_is_said_once(fast):
     screen = Screen()
-    draw("lines", screen, lambda: len(screen.getvalue()) > 300, progress(began=llmbench.clock(), note="no stream_options"))
+    draw(
+        "lines",
+        screen,
+        lambda: len(screen.getvalue()) > 300,
+        progress(began=llmbench.clock(), note="no stream_options"),
+    )
     assert screen.getvalue().count("llmbench: no stream_options\n") == 1
 
 
@@ -319,7 +328,9 @@ def keys_used():
     """The keys that the terminal's code takes from its texts: written out, or made of a prefix and a table."""
     code = section("Terminal") + section("Commands")
     keys = set(re.findall(r'texts(?:\.get\(|\[)\s*"([a-z_.]+)"\s*[\]),]', code))
-    keys |= {key for line in re.findall(r"texts\[(.*?)\]", code) for key in re.findall(r'"(terminal\.[a-z_.]*[a-z_])"', line)}
+    keys |= {
+        key for line in re.findall(r"texts\[(.*?)\]", code) for key in re.findall(r'"(terminal\.[a-z_.]*[a-z_])"', line)
+    }
     keys |= {"terminal." + status for status in ("failure", "cancelled", "dropped")}
     shown = (*llmbench.TABLED_METRICS, "rps", "output_tokens_per_s", "steady_output_tokens_per_s")
     return sorted(keys | {"metric." + name for name in shown})
@@ -342,7 +353,11 @@ def test_both_languages_have_the_same_keys_and_the_same_places_to_fill_in():
 
 
 def test_the_chinese_texts_of_the_terminal_are_chinese():
-    latin = [key for key, text in TEXTS["zh"].items() if key.startswith("terminal.") and not re.search("[\u4e00-\u9fff]", text)]
+    latin = [
+        key
+        for key, text in TEXTS["zh"].items()
+        if key.startswith("terminal.") and not re.search("[\u4e00-\u9fff]", text)
+    ]
     assert latin == []
 
 

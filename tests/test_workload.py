@@ -44,7 +44,8 @@ def refusal(data, name="prompts.jsonl"):
     (BOM + "第一\n第二\n".encode(), ["第一", "第二"]),
     (BOM + b"\r\none\r\n", ["one"]),
     ("\n\none\n \t\n\ntwo\n\n", ["one", "two"]),
-    ("a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\n", ["a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"]),  # str.splitlines cuts at each
+    ("a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\n", ["a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"]),
+    # str.splitlines cuts at each
     ("  indented\n", ["  indented"]),
     ("one\n{\"prompt\": \"two\"}\n", ["one", '{"prompt": "two"}']),  # the first line decides
     ("[x] list\n", ["[x] list"]),
@@ -62,7 +63,10 @@ def test_text_prompts_are_named_after_their_lines():
 
 # --- JSONL ------------------------------------------------------------------------------------------------------------
 
-JSONL = '{"id":"a","prompt":"one","max_tokens":7}\n{"messages":[{"role":"system","content":"be"},{"role":"user","content":"x"}]}\n'
+JSONL = (
+    '{"id":"a","prompt":"one","max_tokens":7}\n'
+    '{"messages":[{"role":"system","content":"be"},{"role":"user","content":"x"}]}\n'
+)
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.JSONL", "p.ndjson", "p.json", "p.txt", "no-suffix", "stdin"])
@@ -94,7 +98,11 @@ def test_typed_parts_extra_fields_and_null_content_stay_as_they_are():
     messages = [
         {"role": "system", "content": "be short"},
         {"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]},
-        {"role": "user", "name": "ann", "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "u"}}]},
+        {
+            "role": "user",
+            "name": "ann",
+            "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "u"}}],
+        },
     ]
     assert parse(json.dumps({"messages": messages}), "p.jsonl")[0].messages == messages
 
@@ -204,7 +212,15 @@ def test_the_built_in_prompts_are_sound_and_told_apart():
 def test_prompts_are_taken_in_file_order_and_start_again_at_the_end(tmp_path):
     workload, out = tmp_path / "three.jsonl", tmp_path / "out"
     workload.write_text("".join('{"id":"%s","prompt":"p"}\n' % name for name in "abc"), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "llmbench.py"), "run", "--url", "mock:?ttft=1&itl=0&tokens=1", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(ROOT / "llmbench.py"),
+        "run",
+        "--url",
+        "mock:?ttft=1&itl=0&tokens=1",
+        "--out",
+        str(out),
+    ]
     command += ["--workload-file", str(workload), "--total-requests", "7", "--warmup", "1", "--progress", "none"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -255,7 +271,8 @@ def test_prefixes_differ_between_requests_runs_and_stages_and_repeat_for_the_sam
 
 
 @pytest.mark.parametrize("messages", [
-    [{"role": "system", "content": "only"}], [{"role": "assistant", "content": "x"}], [{"role": "user", "content": None}],
+    [{"role": "system", "content": "only"}], [{"role": "assistant", "content": "x"}],
+    [{"role": "user", "content": None}],
 ])  # fmt: skip
 def test_conversations_without_a_user_text_do_not_break(messages):
     assert len(unique(messages).messages) == 1
