@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import queue
 import signal
 import socket
@@ -222,7 +223,7 @@ def test_every_option_has_help() -> None:
 
 def test_pauses_are_absolute_and_batches_are_due_with_their_first_frame() -> None:
     def dues(query: str, count: int) -> list[float]:
-        made = llmbench.output_dues(llmbench.parse_mock_url("mock:?" + query), llmbench.random.Random(1))
+        made = llmbench.output_dues(llmbench.parse_mock_url("mock:?" + query), random.Random(1))
         return [round(1000 * next(made), 6) for _ in range(count)]
     assert dues("ttft=200&itl=50", 4) == [200, 250, 300, 350]
     assert dues("ttft=200&itl=50&batch=2", 5) == [200, 200, 300, 300, 400]
