@@ -7106,8 +7106,12 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with our error line, and without ever echoing what it didn't understand."""
 
     def error(self, message: str) -> NoReturn:
-        """One line that says what is wrong."""
-        raise UserError(message)
+        """One line that says what is wrong: argparse's, with the flag named as it is documented."""
+        raise UserError(re.sub(r"^argument (--[a-z-]+)/-[a-z-]+: (expected one argument)?", self._flag_error, message))
+
+    @staticmethod
+    def _flag_error(match: Any) -> str:
+        return match.group(1) + (" needs a value" if match.group(2) else " ")
 
     def parse_all(self, words: Sequence[str]) -> argparse.Namespace:
         """As parse_args; names an unknown flag, but not its value."""
@@ -7400,6 +7404,8 @@ def command_report(words: Sequence[str]) -> int:
         "--lang", type=read_argument(FLAGS["lang"]), metavar="LANG", help="language of the terminal: en or zh"
     )
     given = parser.parse_all(words)
+    if not os.path.isfile(os.path.join(given.directory, RESULTS)):
+        raise UserError("%s holds no %s; name a directory that a run left" % (given.directory, RESULTS))
     assets = load_assets()
     try:
         summary = build_outputs(given.directory, assets, warn)

@@ -1,8 +1,8 @@
 """Servers that misbehave on purpose, and a runner in this process to measure them with.
 
 A `Server` gives every connection a thread of its own and hands each request to `behave(peer, request)`, plain blocking
-code that says what goes over the wire and when. What it sent and saw, with times on the clock that llmbench uses, is the
-truth to which records are compared.
+code that says what goes over the wire and when. What it sent and saw, with times on llmbench's own clock, is the truth
+to which records are compared.
 """
 
 from __future__ import annotations

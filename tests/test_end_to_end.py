@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -19,13 +20,25 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from servers import (
+    CHUNKED,
+    HELLO,
+    LAST_CHUNK,
+    PATIENCE,
+    Server,
+    answer,
+    chunk,
+    closed_port,
+    event,
+    full_listener,
+    measure,
+    mock_server,
+    says,
+    streamed,
+)  # fmt: skip
 
 import llmbench
 from conftest import ROOT, SUPPORTED, find_interpreters, interpreter
-from servers import (
-    CHUNKED, HELLO, LAST_CHUNK, PATIENCE, Server, answer, chunk, closed_port, event, full_listener, measure,
-    mock_server, says, streamed,
-)  # fmt: skip
 
 CHECKOUT = [sys.executable, str(ROOT / "llmbench.py")]
 FILES = {"results.jsonl", "results.csv", "summary.json", "report.html"}
@@ -46,7 +59,9 @@ class Run:
             words += ["--model", "tiny"]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True, **options}
         environment = {name: text for name, text in os.environ.items() if "TOKEN" not in name and "KEY" not in name}
-        self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, env={**environment, "LC_ALL": "C.UTF-8"}, **options)
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, env={**environment, "LC_ALL": "C.UTF-8"}, **options
+        )
 
     def wait(self, seconds=60.0):
         """Waits for the end; self for chaining."""
@@ -108,13 +123,31 @@ def wait_until(condition, process=None):
 PLAN = "ttft=200&itl=50&tokens=20"
 
 
-def assert_plan(summary, streams=1):
-    ttft, latency = summary["ttft_ms"]["p50"], summary["latency_ms"]["p50"]
-    assert abs(ttft - 200.0) < 5.0
-    assert abs(latency - 1150.0) < 10.0
-    assert summary["ttft_ms"]["min"] >= 199.9, "earlier than the server sent it is impossible"
+def assert_plan(run, log):
+    """The plan's figures. Where the mock itself was late (a busy host), its own record says what they should be."""
+    summary, truth = run.summary, read_truth(log)
     assert summary["requests"]["success_rate"] == 1.0
     assert summary["tokens"]["out"] == 20 * summary["requests"]["total"]
+    assert summary["ttft_ms"]["min"] >= 199.9, "earlier than the server sent it is impossible"
+    wall = time.time() - llmbench.clock()  # from the clock of the truth to that of the records
+    for name, moment, planned, margin in (("ttft_ms", "first", 200.0, 5.0), ("latency_ms", "end", 1150.0, 10.0)):
+        true = statistics.median(
+            1000.0 * (truth[record["request_id"]][moment] + wall - seconds_of(record["start_ts"]))
+            for record in run.records
+        )
+        assert abs(summary[name]["p50"] - true) < 2.0
+        if true - planned < margin - 2.0:
+            assert abs(summary[name]["p50"] - planned) < margin
+
+
+def read_truth(log):
+    return {line["request_id"]: line for line in map(json.loads, log.read_text().splitlines())}
+
+
+def seconds_of(text):
+    """Seconds since 1970 of an ISO time."""
+    form = "%Y-%m-%dT%H:%M:%S.%fZ"
+    return datetime.datetime.strptime(text, form).replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
 @pytest.fixture(scope="module")
@@ -129,21 +162,30 @@ def plan_runs(tmp_path_factory):
         "role frame at ttft": ("mock:?role_delay=200&" + PLAN, 5, 10),
     }
     runs = {
-        name: Run(out / str(number), "--url", url, "--concurrency", str(streams), "--total-requests", str(total))
+        name: Run(
+            out / str(number),
+            "--url",
+            "%s&log=%s" % (url, out / ("%d.log" % number)),
+            "--concurrency",
+            str(streams),
+            "--total-requests",
+            str(total),
+        )
         for number, (name, (url, streams, total)) in enumerate(variants.items())
     }
     return {name: run.wait() for name, run in runs.items()}
 
 
 @pytest.mark.parametrize(
-    "name", ["1 stream", "1 stream, new connections", "100 streams", "50 streams, new connections", "role frame at ttft"]
+    "name",
+    ["1 stream", "1 stream, new connections", "100 streams", "50 streams, new connections", "role frame at ttft"],
 )
 def test_plan(plan_runs, name):
     run = plan_runs[name]
     assert run.status == 0, run.stderr
     assert run.stderr == ""
     assert run.files == FILES
-    assert_plan(run.summary)
+    assert_plan(run, run.out.with_suffix(".log"))
     fresh = [record["reused"] for record in run.records].count(False)
     total = run.summary["requests"]["total"]
     assert fresh == (total if "new" in name else int(re.sub("[^0-9].*", "", name) or 5))
@@ -169,16 +211,25 @@ def test_plan_on_every_python(pyz_runs, version):
     assert run.status == 0, run.stderr
     assert run.stderr == ""
     assert run.files == FILES
-    assert_plan(run.summary)
+    assert_plan(run, run.out.with_name(version + ".log"))
 
 
 @pytest.fixture(scope="module")
 def pyz_runs(pyz, tmp_path_factory):
     """A short run of the archive with every interpreter there is, all at once: "3.7" -> Run."""
     out = tmp_path_factory.mktemp("pythons")
-    flags = ["--url", "mock:?" + PLAN, "--concurrency", "4", "--total-requests", "8"]
+    flags = ["--concurrency", "4", "--total-requests", "8"]
     found = {version: path for version, path in find_interpreters().items() if version in SUPPORTED}
-    runs = {version: Run(out / version, *flags, program=[path, str(pyz)]) for version, path in found.items()}
+    runs = {
+        version: Run(
+            out / version,
+            "--url",
+            "mock:?%s&log=%s" % (PLAN, out / (version + ".log")),
+            *flags,
+            program=[path, str(pyz)],
+        )
+        for version, path in found.items()
+    }
     return {version: run.wait(90) for version, run in runs.items()}
 
 
@@ -222,7 +273,7 @@ def test_smoke(programs, tmp_path):
     before = {name: (out / name).read_bytes() for name in FILES}
     for name in FILES - {"results.jsonl"}:
         (out / name).unlink()
-    report = subprocess.run([*programs, "report", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    report = subprocess.run([*programs, "report", str(out)], capture_output=True)
     assert (report.returncode, report.stderr) == (0, b"")
     assert {name: (out / name).read_bytes() for name in FILES} == before, "the files are functions of results.jsonl"
 
@@ -232,7 +283,9 @@ def one_line(text):
 
 
 def test_no_request_succeeds(programs, tmp_path):
-    dead = Run(tmp_path / "dead", "--url", "http://127.0.0.1:%d" % closed_port(), "--total-requests", "3", program=programs)
+    dead = Run(
+        tmp_path / "dead", "--url", "http://127.0.0.1:%d" % closed_port(), "--total-requests", "3", program=programs
+    )
     failing = run(tmp_path / "fail", "--url", "mock:?fault=http500&ttft=1", "--total-requests", "3", program=programs)
     dead.wait()
     for result, status in ((dead, "connect_error"), (failing, "http_error")):
@@ -271,7 +324,9 @@ def test_endpoint_that_is_not_there_and_no_model(tmp_path):
     assert one_line(bad.stderr) and not bad.out.exists()
 
 
-@pytest.mark.parametrize("body", [b"[]", b"{}", b'{"data": []}', b'{"data": [{"id": null}]}', b'{"data": 5}', b"[" * 100000])
+@pytest.mark.parametrize(
+    "body", [b"[]", b"{}", b'{"data": []}', b'{"data": [{"id": null}]}', b'{"data": 5}', b"[" * 100000]
+)
 def test_model_list_that_names_no_model(body, tmp_path):
     with Server(says(answer(200, body))) as server:
         bad = run(tmp_path / "out", "--url", server.url, "--model=")
@@ -281,7 +336,7 @@ def test_model_list_that_names_no_model(body, tmp_path):
 
 
 def test_report_of_nothing(tmp_path):
-    bad = subprocess.run([*CHECKOUT, "report", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    bad = subprocess.run([*CHECKOUT, "report", str(tmp_path)], capture_output=True)
     assert bad.returncode == 2
     assert one_line(bad.stderr.decode())
 
@@ -334,7 +389,9 @@ def started(run, server, requests):
 def test_interrupt_lets_what_is_in_flight_finish_and_writes_everything(number, status, tmp_path):
     halves = Halves()
     with Server(halves) as server:
-        run = started(Run(tmp_path / "out", "--url", server.url, "--concurrency", "3", "--total-requests", "50"), server, 3)
+        run = started(
+            Run(tmp_path / "out", "--url", server.url, "--concurrency", "3", "--total-requests", "50"), server, 3
+        )
         run.process.send_signal(number)
         with pytest.raises(subprocess.TimeoutExpired):
             run.process.wait(0.3)  # it waits for what is in flight
@@ -373,8 +430,10 @@ def test_interrupt_waits_five_seconds_at_most_and_a_second_one_not_at_all(tmp_pa
 
 def test_ctrl_c_in_a_terminal_reaches_the_mock_too_and_it_goes_on(tmp_path):
     """A terminal signals the whole process group: what is in flight must still be answered."""
-    result = Run(tmp_path / "out", "--url", "mock:?ttft=300&itl=20&tokens=20", "--concurrency", "2", "--total-requests", "50")
-    wait_until(lambda: (tmp_path / "out" / "results.jsonl").exists(), result.process)
+    result = Run(
+        tmp_path / "out", "--url", "mock:?ttft=300&itl=20&tokens=20", "--concurrency", "2", "--total-requests", "50"
+    )
+    wait_until((tmp_path / "out" / "results.jsonl").exists, result.process)
     time.sleep(0.2)  # requests are in flight from here on; whenever it hits, the figures below must hold
     os.killpg(result.process.pid, signal.SIGINT)
     result.wait()
@@ -404,8 +463,10 @@ def test_second_interrupt_while_the_files_are_written_loses_none(number, status,
 @linux
 def test_interrupts_while_connections_are_being_opened(tmp_path):
     with full_listener() as port:
-        run = Run(tmp_path / "out", "--url", "http://127.0.0.1:%d" % port, "--concurrency", "2", "--connect-timeout", "20s")
-        wait_until(lambda: (tmp_path / "out" / "results.jsonl").exists(), run.process)
+        run = Run(
+            tmp_path / "out", "--url", "http://127.0.0.1:%d" % port, "--concurrency", "2", "--connect-timeout", "20s"
+        )
+        wait_until((tmp_path / "out" / "results.jsonl").exists, run.process)
         with pytest.raises(subprocess.TimeoutExpired):
             run.process.wait(0.2)
         began = time.monotonic()
@@ -432,7 +493,9 @@ def test_kill_loses_what_is_in_flight_at_most(tmp_path):
     halves = Halves(lambda request: request.number >= 8)
     halves.released.set()
     with Server(halves) as server:
-        run = started(Run(tmp_path / "out", "--url", server.url, "--concurrency", "2", "--total-requests", "50"), server, 10)
+        run = started(
+            Run(tmp_path / "out", "--url", server.url, "--concurrency", "2", "--total-requests", "50"), server, 10
+        )
         run.process.kill()
         run.wait()
     assert run.files == {"results.jsonl"}
@@ -440,7 +503,7 @@ def test_kill_loses_what_is_in_flight_at_most(tmp_path):
     assert run.end is None
     with open(tmp_path / "out" / "results.jsonl", "ab") as file:
         file.write(b'{"request_id":"torn","stat')  # what a crash in mid-write would leave
-    report = subprocess.run([*CHECKOUT, "report", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    report = subprocess.run([*CHECKOUT, "report", str(tmp_path / "out")], capture_output=True)
     assert report.returncode == 0
     assert b"Traceback" not in report.stderr
     assert run.files == FILES
@@ -454,7 +517,7 @@ def test_report_of_a_run_that_was_killed_before_its_first_record(tmp_path):
         run.process.kill()
         run.wait()
     assert run.records == []
-    report = subprocess.run([*CHECKOUT, "report", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    report = subprocess.run([*CHECKOUT, "report", str(tmp_path / "out")], capture_output=True)
     assert b"Traceback" not in report.stderr, report.stderr
     assert report.returncode == 0
     assert run.files == FILES
@@ -463,7 +526,7 @@ def test_report_of_a_run_that_was_killed_before_its_first_record(tmp_path):
 @linux
 def test_killed_run_leaves_no_mock_behind(tmp_path):
     run = Run(tmp_path / "out", "--url", "mock:?ttft=5000", "--total-requests", "5")
-    wait_until(lambda: (tmp_path / "out" / "results.jsonl").exists(), run.process)
+    wait_until((tmp_path / "out" / "results.jsonl").exists, run.process)
     url = json.loads((tmp_path / "out" / "results.jsonl").read_text().split("\n")[0])["run"]["url"]
     port = int(re.search(r":(\d+)/", url).group(1))
     run.process.kill()
@@ -486,7 +549,7 @@ def limit(kind, soft, hard=None):
 
 @pytest.mark.parametrize("streams", [1, 4])
 def test_results_that_cannot_be_written(streams, tmp_path):
-    """A full disk, here a limit of the file size: the run ends with 5 and one line, and what was written can be read."""
+    """A full disk, here a limit of the file size: it ends with 5 and a line, and what was written can be read."""
     result = run(tmp_path / "out", "--url", "mock:?ttft=1&itl=1&tokens=3", "--total-requests", "200",
                  "--concurrency", str(streams), preexec_fn=limit(resource.RLIMIT_FSIZE, 20000))  # fmt: skip
     assert result.status == 5
@@ -494,7 +557,7 @@ def test_results_that_cannot_be_written(streams, tmp_path):
     assert "Traceback" not in result.stderr and "never retrieved" not in result.stderr
     lines = (tmp_path / "out" / "results.jsonl").read_text().split("\n")
     assert len([json.loads(line) for line in lines[:-1]]) > 5
-    report = subprocess.run([*CHECKOUT, "report", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    report = subprocess.run([*CHECKOUT, "report", str(tmp_path / "out")], capture_output=True)
     assert report.returncode == 0
     assert b"Traceback" not in report.stderr
 
@@ -527,7 +590,11 @@ def test_terminal_that_is_gone(tmp_path):
         runs.append(Run(tmp_path / ("pipe-" + name), *flags, **{name: writer}))
         os.close(writer)
     for name, number in (("stdout", 1), ("stderr", 2)):
-        runs.append(Run(tmp_path / ("closed-" + name), *flags, **{name: None}, preexec_fn=lambda number=number: os.close(number)))
+        runs.append(
+            Run(
+                tmp_path / ("closed-" + name), *flags, **{name: None}, preexec_fn=lambda number=number: os.close(number)
+            )
+        )
     for result in runs:
         result.wait()
         assert "Traceback" not in result.stderr, result.stderr
@@ -597,29 +664,30 @@ def test_what_an_endpoint_says_can_do_no_harm(tmp_path):
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\x9b]", text)
         assert "\u202e" not in text
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "<script>alert" not in page and "<!--\"" not in page
+    assert "<script>alert" not in page and '<!--"' not in page
     cells = (tmp_path / "out" / "results.csv").read_text(encoding="utf-8-sig")
     assert not re.search(r"(^|,)\"?[=@\t\r]", cells, re.MULTILINE)
 
 
-def test_name_of_a_model_is_no_path(tmp_path):
-    """The model list names the directory: it must stay where we are."""
-    models = answer(200, {"data": [{"id": "../../" + "x" * 300 + "/\u2028evil\x1b[2J"}]})
+@pytest.mark.parametrize("name", ["../../%s/evil" % ("x" * 300), "evil\x1b[2J\x1b]0;owned\x07"])
+def test_name_of_a_model_is_no_path_and_no_command(name, tmp_path):
+    """The model list names the directory and stands on the terminal: it must stay where we are, and be a word."""
 
     def behave(peer, request):
-        peer.send(models if request.path.endswith("/models") else HELLO)
+        peer.send(answer(200, {"data": [{"id": name}]}) if request.path.endswith("/models") else HELLO)
 
     with Server(behave) as server:
         words = [*CHECKOUT, "--url", server.url, "--total-requests", "1", "--progress", "none"]
-        result = subprocess.run(words, cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert result.returncode == 0, result.stderr
-    (made,) = tmp_path.iterdir()
-    assert made.name.startswith("llmbench-")
-    assert b"\x1b" not in result.stdout
+        result = subprocess.run(words, cwd=str(tmp_path), capture_output=True)
+    assert result.returncode in ((0,) if name.isprintable() else (0, 2)), result.stderr
+    assert all(made.name.startswith("llmbench-") for made in tmp_path.iterdir())
+    assert b"\x1b" not in result.stdout + result.stderr
 
 
 def test_dialect_that_was_found_out_is_told(tmp_path):
-    result = run(tmp_path / "out", "--url", "mock:?ttft=5&itl=1&tokens=3&refuse=stream_options", "--total-requests", "4")
+    result = run(
+        tmp_path / "out", "--url", "mock:?ttft=5&itl=1&tokens=3&refuse=stream_options", "--total-requests", "4"
+    )
     assert result.status == 0
     assert "stream_options" in result.stdout
     assert any("stream_options" in note for note in result.end["dialect"])
@@ -628,7 +696,9 @@ def test_dialect_that_was_found_out_is_told(tmp_path):
 
 
 def test_run_that_stopped_for_the_token_says_so(tmp_path):
-    result = run(tmp_path / "out", "--url", "mock:?ttft=1&token=right", "--token", "wrong-token", "--total-requests", "500")
+    result = run(
+        tmp_path / "out", "--url", "mock:?ttft=1&token=right", "--token", "wrong-token", "--total-requests", "500"
+    )
     assert result.status == 3
     assert result.files == FILES
     assert len(result.records) < 10

@@ -865,7 +865,7 @@ def test_a_bad_url_is_one_line(provider: Provider, url: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["http://[::1", "http://::1]", "http://[zz]", "http://h\u2100"])
+@pytest.mark.parametrize("url", ["http://[::1", "http://::1]", "http://h\u2100"])
 @pytest.mark.xfail(strict=True, raises=ValueError, reason="urlsplit itself raises ValueError, outside of the try")
 def test_a_url_that_urlsplit_refuses_is_one_line(provider: Provider, url: str) -> None:
     with pytest.raises(UserError):

@@ -1,5 +1,5 @@
-"""README.md: what it says is what the program does. Flags, definitions and statuses stand in it word for word, the first
-command works as printed, and the example provider is one.
+"""README.md says what the program does: flags, definitions and statuses stand in it word for word, its first command
+works as printed, and its example provider is one.
 
 Its tables between `<!-- NAME -->` and `<!-- /NAME -->` are made from the program's own:
 `PYTHONPATH=. python3 tests/test_readme.py` writes them anew.
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Callable, Iterable
 
 import pytest
+from servers import CLOSED, measure_one, says
 
 import llmbench
 from conftest import ROOT
-from servers import CLOSED, measure_one, says
 
 README = ROOT / "README.md"
 FOUR_FILES = ["report.html", "results.csv", "results.jsonl", "summary.json"]
@@ -64,10 +64,10 @@ def table(columns: str, rows: Iterable[Iterable[str]]) -> str:
 
 
 def flag_rows() -> list[list[str]]:
-    return [
-        ["`--%s`" % flag.name + (" `%s`" % flag.value.replace("|", "\\|") if flag.value else ""), cell(flag.default), cell(flag.meaning)]
-        for flag in llmbench.RUN_FLAGS
-    ]  # fmt: skip
+    def written(flag: llmbench.Flag) -> str:
+        return cell("`--%s`" % flag.name + " `%s`" % flag.value * bool(flag.value))
+
+    return [[written(flag), cell(flag.default), cell(flag.meaning)] for flag in llmbench.RUN_FLAGS]
 
 
 def default_text(value: Any) -> str:
@@ -79,7 +79,15 @@ def default_text(value: Any) -> str:
 
 def mock_rows() -> list[list[str]]:
     fields = llmbench.MOCK_FIELDS.values()
-    return [["`%s`" % field.name, default_text(field.default), cell(field.metadata["meaning"])] for field in fields]
+    return [
+        [
+            "`%s`" % field.name,
+            default_text(field.default),
+            cell(field.metadata["wanted"]),
+            cell(field.metadata["meaning"]),
+        ]
+        for field in fields
+    ]
 
 
 def metric_rows() -> list[list[str]]:
@@ -93,7 +101,7 @@ def status_rows() -> list[list[str]]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "flags": lambda: table("flag,default,meaning", flag_rows()),
-    "mock": lambda: table("option,default,meaning", mock_rows()),
+    "mock": lambda: table("option,default,value,meaning", mock_rows()),
     "metrics": lambda: table("metric,in the report,unit,definition", metric_rows()),
     "statuses": lambda: table("status,meaning", status_rows()),
 }
@@ -112,7 +120,8 @@ def test_a_table_says_what_the_program_says(name: str) -> None:
 
 
 def test_a_flag_that_is_named_anywhere_exists() -> None:
-    known = {"--" + flag.name for flag in llmbench.RUN_FLAGS} | OTHER_COMMANDS_FLAGS | OTHER_PROGRAMS_FLAGS
+    own = [flag.name for flag in llmbench.RUN_FLAGS] + [name.replace("_", "-") for name in llmbench.MOCK_FIELDS]
+    known = {"--" + name for name in own} | OTHER_COMMANDS_FLAGS | OTHER_PROGRAMS_FLAGS
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", readme()))
     assert named - known == set()
     assert {"--url", "--out"} <= named, "the pattern finds flags"
@@ -128,8 +137,8 @@ def test_every_fault_of_the_mock_is_explained() -> None:
 
 def test_every_command_and_provider_is_named() -> None:
     text = section("Other commands")
-    assert all("`%s" % name in text for name in llmbench.COMMANDS if name != "run")
-    assert all("`%s`" % name in text for name in llmbench.PROVIDERS)
+    missing = [name for name in llmbench.COMMANDS if name != "run" and "`llmbench.pyz %s" % name not in text]
+    assert missing + [name for name in llmbench.PROVIDERS if "`%s`" % name not in text] == []
 
 
 def test_the_exit_statuses_are_those_of_help() -> None:
@@ -148,7 +157,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def copied(programs: list[str], place: Path) -> list[str]:
-    """The start of a command line on a copy of the program: the tree's own files, or the archive and nothing beside it."""
+    """The start of a command line on a copy of the program: its own files, or the archive with nothing beside it."""
     python, program = programs
     shutil.copy(program, str(place))
     if program.endswith(".py"):
@@ -168,7 +177,7 @@ def first_mock_command() -> list[str]:
 def test_the_first_command_leaves_the_four_files(programs: list[str], tmp_path: Path) -> None:
     arguments = first_mock_command()
     command = [*copied(programs, tmp_path), *arguments]
-    done = subprocess.run(command, cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    done = subprocess.run(command, cwd=str(tmp_path), capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
     directory = tmp_path / arguments[arguments.index("--out") + 1]
     assert sorted(path.name for path in directory.iterdir()) == FOUR_FILES

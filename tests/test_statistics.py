@@ -322,6 +322,19 @@ def test_other_causes_stay_apart(first, second):
     assert llmbench.error_key(first) != llmbench.error_key(second)
 
 
+KEPT = {
+    "您的账户在2026年已达到速率限制请稍后再试或联系管理员": "您的账户在#年已达到速率限制请稍后再试或联系管理员",
+    "The model `Qwen2.5-7B-Instruct` does not exist": "The model `Qwen2.5-7B-Instruct` does not exist",
+    "max_completion_tokens is unknown": "max_completion_tokens is unknown",
+    "decade facade accede": "decade facade accede",
+}
+
+
+@pytest.mark.parametrize("text", KEPT)
+def test_what_names_the_cause_stays_in_the_key(text):
+    assert llmbench.error_key("HTTP 429: " + text) == "HTTP 429: " + KEPT[text]
+
+
 def test_a_key_is_short_and_takes_little_time():
     assert len(llmbench.error_key("x" * 100000)) <= 200
     assert len(llmbench.error_key("a-1 " * 5000)) <= 200

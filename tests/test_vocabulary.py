@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 import re
 import time
@@ -116,7 +117,7 @@ def test_redacting_twice_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "text", ["?" * 16000, "://" * 5000, "a-" * 8000, "&=" * 8000, "bearer " * 2000, '"key":' * 3000]
+    "text", ["?" * 12000, "://" * 5000, "a-" * 8000, "&=" * 8000, "bearer " * 2000, '"key":' * 3000]
 )
 def test_redacting_takes_time_in_proportion_to_the_text(text, request):
     if text[0] == "?":
@@ -128,12 +129,14 @@ def test_redacting_takes_time_in_proportion_to_the_text(text, request):
 
 SECRET_NAMES = """
     Authorization authorization Proxy-Authorization Cookie Set-Cookie x-api-key api-key api_key apikey key
-    x-goog-api-key token access_token id-token X-Auth-Token secret SecretKey client_secret password passwd db_pwd signature sig sign
+    x-goog-api-key token access_token id-token X-Auth-Token secret SecretKey client_secret
+    password passwd db_pwd signature sig sign
     ak sk X-Amz-Credential Ocp-Apim-Subscription-Key
 """
 OTHER_NAMES = """
     max_tokens max_completion_tokens min_tokens prompt_tokens completion_tokens total_tokens tokens token_mode
-    token-mode max_tokens_field num_tokens n_token model top_k keyword monkey author design assign task ask stop X-Request-Id
+    token-mode max_tokens_field num_tokens n_token model top_k keyword monkey author design assign task ask
+    stop X-Request-Id
 """
 
 
@@ -229,7 +232,7 @@ def readme(name):
     path = ROOT / name
     if not path.exists():
         pytest.skip(f"{name} is not written yet")
-    return " ".join(path.read_text(encoding="utf-8").replace("\\|", "|").split())
+    return " ".join(html.unescape(path.read_text(encoding="utf-8").replace("\\|", "|")).split())
 
 
 @pytest.mark.parametrize("name", llmbench.METRICS)
