@@ -491,7 +491,7 @@ def is_complete_data(data: bytes) -> bool:
         return True
     try:
         json.loads(data.decode("utf-8", "replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -633,6 +633,8 @@ STATUS_LINE = re.compile(rb"^HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?$")
 
 def encode_request(method: str, target: str, headers: Sequence[Tuple[str, str]], body: bytes = b"") -> bytes:
     """One HTTP/1.1 request as bytes. A control character in a header is a UserError: it could split the head."""
+    if not re.match(r"^[!-~]+\Z", target):
+        raise UserError("the URL's path or query holds a character outside visible ASCII; percent-encode it")
     lines = ["%s %s HTTP/1.1" % (method, target)]
     for name, value in headers:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in name + value):
@@ -641,7 +643,7 @@ def encode_request(method: str, target: str, headers: Sequence[Tuple[str, str]],
     try:
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
     except UnicodeEncodeError:
-        raise UserError("a header or the URL's path holds a character outside latin-1; percent-encode it") from None
+        raise UserError("a header holds a character outside latin-1; percent-encode it") from None
     return head + body
 
 
@@ -682,10 +684,18 @@ class Decompressor:
     def __init__(self, coding: str) -> None:
         self._wbits = 31 if "gzip" in coding else 15
         self._engine = zlib.decompressobj(self._wbits)
-        self._begun = False
+        self._start: Optional[bytes] = b"" if self._wbits == 15 else None  # until two bytes tell zlib from raw deflate
 
     def feed(self, data: bytes) -> bytes:
         """The decoded bytes; raises ParseError on a broken stream."""
+        if self._start is not None:
+            data = self._start + data
+            self._start = data if len(data) < 2 else None
+            if self._start is not None:
+                return b""
+            if data[0] & 15 != 8 or (data[0] << 8 | data[1]) % 31:  # RFC 1950; many servers send it without the wrapper
+                self._wbits = -15
+                self._engine = zlib.decompressobj(self._wbits)
         try:
             return self._decode(data)
         except zlib.error as error:
@@ -696,17 +706,14 @@ class Decompressor:
         while data:
             if self._engine.eof:  # another gzip member follows
                 self._engine = zlib.decompressobj(self._wbits)
-            try:
-                pieces.append(self._engine.decompress(data))
-            except zlib.error:
-                if self._begun or self._wbits != 15:
-                    raise
-                self._wbits = -15  # "deflate" without the zlib wrapper, which many servers send
-                self._engine = zlib.decompressobj(self._wbits)
-                pieces.append(self._engine.decompress(data))
-            self._begun = True
+            pieces.append(self._engine.decompress(data))
             data = self._engine.unused_data
         return b"".join(pieces)
+
+
+def discard(_: bytes) -> bytes:
+    """Stands in for decoding where the body can't be decoded and doesn't matter."""
+    return b""
 
 
 class ResponseReader:
@@ -724,7 +731,7 @@ class ResponseReader:
         self._sizes: Dict[bytes, int] = {}  # chunk-size lines seen: a stream repeats few of them
         self._after_chunk = False  # the CRLF that ends a chunk's data is still to come
         self._read: Callable[[bytes], bytes] = self._read_head
-        self._decompressor: Optional[Decompressor] = None
+        self._decode: Optional[Callable[[bytes], bytes]] = None
 
     @property
     def waiting(self) -> bool:
@@ -734,9 +741,7 @@ class ResponseReader:
     def feed(self, data: bytes) -> bytes:
         """Body bytes that `data` brings, decoded; raises ParseError."""
         body = self._read(data)
-        if body and self._decompressor is not None:
-            return self._decompressor.feed(body)
-        return body
+        return self._decode(body) if body and self._decode is not None else body
 
     def end(self) -> None:
         """The peer closed cleanly: the end of a body that has no length, else Truncated."""
@@ -753,8 +758,8 @@ class ResponseReader:
         if self.head is None or not self.complete or self.leftover or self._read == self._read_to_close:
             return False
         options = {option.strip() for option in self.head.headers.get("connection", "").lower().split(",")}
-        if "transfer-encoding" in self.head.headers and "content-length" in self.head.headers:
-            return False
+        if "transfer-encoding" in self.head.headers and ("content-length" in self.head.headers or not self.head.minor):
+            return False  # smuggling, or chunked in HTTP/1.0: faulty framing (RFC 9112 section 6.1)
         return "close" not in options and (self.head.minor == 1 or "keep-alive" in options)
 
     def _read_head(self, data: bytes) -> bytes:
@@ -782,16 +787,15 @@ class ResponseReader:
                 return b""
 
     def _choose_body(self, head: Head) -> None:
-        transfer = head.headers.get("transfer-encoding", "").lower()
-        coding = head.headers.get("content-encoding", "").strip().lower()
-        if coding and coding != "identity":
-            if coding not in ("gzip", "x-gzip", "deflate"):
-                raise ParseError("content coding %r cannot be decoded; identity was asked for" % coding)
-            self.coding, self._decompressor = coding, Decompressor(coding)
         if head.status in (204, 304):
             self._finish(b"")
-        elif transfer:
-            self._read = self._read_chunked if transfer.split(",")[-1].strip() == "chunked" else self._read_to_close
+            return
+        transfer = head.headers.get("transfer-encoding", "").lower()
+        codings, _, last = transfer.rpartition(",")
+        chunked = last.strip() == "chunked"
+        self._choose_coding(head, (codings if chunked else "") + "," + head.headers.get("content-encoding", ""))
+        if transfer:
+            self._read = self._read_chunked if chunked else self._read_to_close
         elif "content-length" in head.headers:
             self._remaining = self._content_length(head.headers["content-length"])
             self._read = self._read_length
@@ -799,6 +803,18 @@ class ResponseReader:
                 self._finish(b"")
         else:
             self._read = self._read_to_close
+
+    def _choose_coding(self, head: Head, listed: str) -> None:
+        codings = {coding.strip().lower() for coding in listed.split(",")} - {"", "identity"}
+        if not codings:
+            return
+        self.coding = ", ".join(sorted(codings))
+        if self.coding in ("gzip", "x-gzip", "deflate"):
+            self._decode = Decompressor(self.coding).feed
+        elif head.status < 300:
+            raise ParseError("content coding %r cannot be decoded; identity was asked for" % self.coding)
+        else:  # the status says what went wrong, whatever the body would add
+            self._decode = discard
 
     @staticmethod
     def _content_length(value: str) -> int:
@@ -1004,18 +1020,18 @@ def parse_url(url: str, provider: "Provider") -> Endpoint:
     No path: the provider's path is added; a path that ends in /vN: its last part is; any other path stays.
     """
     if "://" not in url:
-        raise UserError("--url %r has no scheme; write http:// or https:// before it" % redact(url))
+        raise UserError("--url has no scheme; write http:// or https:// before it")
     if any(ord(letter) <= 32 or ord(letter) == 127 for letter in url):
         raise UserError("--url holds a blank or control character; remove it")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise UserError("--url scheme %r is unknown; use http, https or mock:" % parts.scheme)
     try:
+        parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
-        raise UserError("--url has no valid port; write https://HOST:PORT/…") from None
-    if not host:
-        raise UserError("--url has no host; write https://HOST:PORT/…")
+        raise UserError("--url has no valid host or port; write https://HOST:PORT/…") from None
+    if parts.scheme not in ("http", "https"):
+        raise UserError("--url scheme %r is unknown; use http, https or mock:" % parts.scheme)
+    if not host or port == 0:
+        raise UserError("--url has no host, or port 0; write https://HOST:PORT/…")
     path = parts.path.rstrip("/")
     if not path:
         path = provider.path
@@ -1042,15 +1058,17 @@ def text_of(value: Any) -> str:
 
 
 def integer(value: Any) -> Optional[int]:
-    """A token count as an int; None for everything that is not a number."""
-    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """A token count as an int; None for what can be none: text, NaN, infinity, and the -1 that says "unknown"."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return int(value) if 0 <= value < 1e15 else None
 
 
 # Where an error's message may stand, over all known dialects.
 def error_of(message: Any, kind: str = "message") -> Optional[str]:
     """The error that a JSON object reports, whatever its dialect; None when it reports none."""
     if not isinstance(message, dict):
-        return str(message)[:300] if kind == "error" else None
+        return describe_error(message) if kind == "error" else None
     error = message.get("error")
     if not error and isinstance(message.get("Response"), dict):
         error = message["Response"].get("Error")
@@ -1078,7 +1096,7 @@ def error_of(message: Any, kind: str = "message") -> Optional[str]:
 def describe_error(error: Any) -> str:
     """One line of an error in any shape: its code or type, then its message."""
     if not isinstance(error, dict):
-        return str(error)[:300]
+        return " ".join(str(error).split())[:300]
     code = next(
         (error[key] for key in ("code", "error_code", "Code", "type", "status") if error.get(key) not in (None, "")), ""
     )
@@ -1147,14 +1165,14 @@ class Decoder:
             return [Frame("end")]
         if not stripped:
             return []
-        frames = self._read(parse_json(data), kind)
+        frames = self._guarded(parse_json(data), kind)
         if len(frames) == 1 and frames[0].kind == "content" and kind == "message":
             self._learn(data, frames[0].text)
         return frames
 
     def whole(self, message: Any) -> List[Frame]:
         """Frames of a whole completion, the answer of an endpoint that doesn't stream."""
-        return self._read(message, "message")
+        return self._guarded(message, "message")
 
     def _learn(self, data: bytes, text: str) -> None:
         # Streams in which every frame differs elsewhere (obfuscation, token ids) must not pay twice for each.
@@ -1167,12 +1185,18 @@ class Decoder:
         start = self.CONTENT.search(data).start(1)  # type: ignore[union-attr]
         head, tail = data[:start], data[start + len(found[0]) :]
         try:
-            proof = self._read(parse_json(head + self.MARKER.encode() + tail), "message")
+            proof = self._guarded(parse_json(head + self.MARKER.encode() + tail), "message")
         except ParseError:
             return
         if proof == [Frame("content", self.MARKER)]:
             self._head, self._tail = head, tail
             self._head_length, self._tail_length = len(head), len(tail)
+
+    def _guarded(self, message: Any, kind: str) -> List[Frame]:
+        try:
+            return self._read(message, kind)
+        except RecursionError:  # what json.loads just manages, str and json.dumps may not
+            raise ParseError("JSON that is nested too deeply") from None
 
     def _read(self, message: Any, kind: str) -> List[Frame]:
         error = error_of(message, kind)
@@ -1334,11 +1358,25 @@ def make_provider(config: Config) -> Provider:
     return PROVIDERS[config.provider](config)
 
 
+Piece = Tuple[str, float]  # text, and when it arrived
+
+
+def split_pieces(pieces: Sequence[Piece], length: int) -> Tuple[List[Piece], List[Piece]]:
+    """The pieces of the first `length` characters, and those of the rest."""
+    first: List[Piece] = []
+    rest: List[Piece] = []
+    for text, arrived in pieces:
+        first += [(text[:length], arrived)] if text[:length] else []
+        rest += [(text[length:], arrived)] if text[length:] else []
+        length = max(0, length - len(text))
+    return first, rest
+
+
 class ThinkTags:
     """Splits `<think>…</think>` at the start of the content into reasoning and content.
 
-    `feed` gives frames whose text may be shorter than what came: a beginning that may still become the tag
-    is held back, and what turns out not to be it is given with `held`, the arrival time of its first piece.
+    `feed` gives frames, each with the time at which its text arrived: a beginning that may still become a tag is
+    held back, and what turns out not to be it comes as the pieces in which it arrived, with their times.
     `settled` is true once nothing can change any more: then content is content.
     """
 
@@ -1346,48 +1384,54 @@ class ThinkTags:
 
     def __init__(self, mode: str) -> None:
         self.settled = mode == "off"
-        self.held: Optional[float] = None  # when the text that is held back began to arrive
-        self._held = ""
+        self._held: List[Piece] = []
         self._inside = False
+
+    @property
+    def held(self) -> Optional[float]:
+        """When the text that is held back began to arrive."""
+        return self._held[0][1] if self._held else None
 
     def feed(self, text: str, arrived: float) -> List[Tuple[Frame, float]]:
         """Frames of one content text, each with the time at which its text arrived."""
-        text = self._held + text
-        since = arrived if self.held is None else self.held
-        self._held, self.held = "", None
+        pieces = [*self._held, (text, arrived)]
+        self._held = []
         if not self._inside:
-            start = text.lstrip()
-            if self.OPEN.startswith(start[: len(self.OPEN)]) and len(start) < len(self.OPEN):
-                return self._hold(text, since)
-            if not start.startswith(self.OPEN):
+            whole = "".join(piece for piece, _ in pieces)
+            start = len(whole) - len(whole.lstrip())
+            begin = whole[start : start + len(self.OPEN)]
+            if begin != self.OPEN and self.OPEN.startswith(begin):
+                self._held = pieces
+                return []
+            if begin != self.OPEN:
                 self.settled = True
-                return [(Frame("content", text), since)]
+                return self._frames("content", pieces)
             self._inside = True
-            text = start[len(self.OPEN) :]
-        return self._thinking(text, arrived)
+            pieces = split_pieces(pieces, start + len(self.OPEN))[1]
+        return self._thinking(pieces)
 
-    def _thinking(self, text: str, arrived: float) -> List[Tuple[Frame, float]]:
-        end = text.find(self.CLOSE)
+    def _thinking(self, pieces: List[Piece]) -> List[Tuple[Frame, float]]:
+        whole = "".join(piece for piece, _ in pieces)
+        end = whole.find(self.CLOSE)
         if end >= 0:
             self.settled = True
-            after = text[end + len(self.CLOSE) :]
-            frames = [(Frame("reasoning", text[:end]), arrived), (Frame("content", after), arrived)]
-            return [frame for frame in frames if frame[0].text]
+            thought, rest = split_pieces(pieces, end)
+            return self._frames("reasoning", thought) + self._frames("content", split_pieces(rest, len(self.CLOSE))[1])
         # The end of the text may be the beginning of the closing tag: at most 7 characters are kept for the next.
-        keep = next((n for n in range(len(self.CLOSE) - 1, 0, -1) if text.endswith(self.CLOSE[:n])), 0)
-        self._held = text[len(text) - keep :]
-        ready = text[: len(text) - keep]
-        return [(Frame("reasoning", ready), arrived)] if ready else []
+        keep = next((n for n in range(len(self.CLOSE) - 1, 0, -1) if whole.endswith(self.CLOSE[:n])), 0)
+        thought, self._held = split_pieces(pieces, len(whole) - keep)
+        return self._frames("reasoning", thought)
 
-    def _hold(self, text: str, since: float) -> List[Tuple[Frame, float]]:
-        self._held, self.held = text, since
-        return []
+    @staticmethod
+    def _frames(kind: str, pieces: Sequence[Piece]) -> List[Tuple[Frame, float]]:
+        return [(Frame(kind, text), arrived) for text, arrived in pieces]
 
-    def rest(self, arrived: float) -> List[Tuple[Frame, float]]:
+    def rest(self) -> List[Tuple[Frame, float]]:
         """What is still held at the end: content, or reasoning inside the tag."""
-        text, since = self._held, arrived if self.held is None else self.held
-        self._held, self.held = "", None
-        return [(Frame("reasoning" if self._inside else "content", text), since)] if text else []
+        pieces, self._held = self._held, []
+        return self._frames("reasoning" if self._inside else "content", pieces)
+
+
 # ==================================================================================================
 # 5. Workload: files and built-ins to prompts
 # ==================================================================================================
@@ -2454,6 +2498,14 @@ AUTH_FAILURES = 3  # refused in a row from the start: the token is wrong, and mo
 BACK_OFF = 0.1  # s that a stream waits after a connection failed, so that a dead endpoint isn't hammered
 
 
+def may_begin_stream(begin: bytes) -> bool:
+    """Whether an event stream may begin like this: blank, a comment or a field, cut anywhere."""
+    line = begin.lstrip(b"\xef\xbb\xbf \t\r\n")
+    name = re.split(rb"[:\r\n]", line, maxsplit=1)[0]
+    fields = (b"data", b"event", b"id", b"retry")
+    return name in (b"", *fields) or (name == line and any(field.startswith(name) for field in fields))
+
+
 class Exchange:
     """One request's answer: arrived bytes and their times in, status and figures out.
 
@@ -2502,6 +2554,7 @@ class Exchange:
         self.read_frames = 0
         self._slack_read = -1
         self._interim = 0
+        self._begin = b""  # how the stream begins, in case that it is none
         self._consume: Callable[[bytes, float, float, float], None] = self._sniff
 
     # What the connection calls.
@@ -2541,18 +2594,18 @@ class Exchange:
         if not self.arrived:
             self.dead = True
             self.finish("truncated", "%s before the head" % reason, None)
-        elif self.end_at is not None:
-            self._settle()
         else:
             try:
                 self.reader.end()
                 if not clean:
                     raise Truncated("in the body")
+                self._complete()
             except Truncated as error:
+                if self.end_at is not None:
+                    self._settle()
+                    return
                 self._give_held()
                 self.finish("truncated", "%s %s" % (reason, error), self.arrived)
-            else:
-                self._complete()
 
     # From here on bytes become frames.
 
@@ -2575,6 +2628,7 @@ class Exchange:
             self._consume = self._collect
         else:
             self._consume = self._consume_stream
+            self._begin = body[:RAW_LIMIT]
         self._consume(body, stamp, now, look)
 
     def _collect(self, body: bytes, stamp: float, now: float, look: float) -> None:
@@ -2648,27 +2702,33 @@ class Exchange:
     def _output(self, frame: Frame, event: Optional[Event], stamp: float) -> int:
         if frame.kind == "content" and not self.think.settled:
             pieces = self.think.feed(frame.text, stamp)
-            if self.think.settled:
-                self.plain = self.decoder.plain
+            if self.think.held == stamp:  # the slack of its read stays with the text that is held back
+                self._slack_read, self.slack = self.read, 0.0
         else:
             pieces = [(frame, stamp)]
         for piece, arrived in pieces:
             self._note_output(piece, event, arrived)
-        return len(pieces)
+            if arrived != stamp:
+                self._note_outputs(1, arrived)
+        if self.think.settled and self.content_at is not None:  # not before: the fast path takes no times
+            self.plain = self.decoder.plain
+        return sum(1 for _, arrived in pieces if arrived == stamp)
 
     def _note_output(self, frame: Frame, event: Optional[Event], arrived: float) -> None:
         length = len(frame.text)
         self.chars += length
+        first = self.output_at is None or (frame.kind == "content" and self.content_at is None)
+        if first and arrived == self.arrived:
+            self._slack_read, self.slack = self.read, 0.0
         if self.output_at is None:
-            self.output_at, self._slack_read = arrived, self.read
+            self.output_at = arrived
         if frame.kind == "reasoning":
             self.reasoning_chars += length
         elif frame.kind == "tool":
             if self.tool_at is None:
                 self.tool_at = arrived
         elif self.content_at is None:
-            self.content_at, self.first_content, self._slack_read = arrived, event, self.read
-            self.slack = 0.0
+            self.content_at, self.first_content = arrived, event
 
     def _end(self, reason: str, stamp: float) -> None:
         if self.end_at is None:
@@ -2677,11 +2737,11 @@ class Exchange:
         if reason:
             self.finish_reason = self.finish_reason or reason
         else:
-            self.ended_by = "done"
+            self.ended_by, self.plain = "done", never_plain
 
     def _give_held(self) -> None:
         """What the think tags still hold back at the end is output after all."""
-        for frame, arrived in self.think.rest(self.arrived):
+        for frame, arrived in self.think.rest():
             self._note_output(frame, self.final_event, arrived)
             self._note_outputs(1, arrived)
 
@@ -2712,13 +2772,19 @@ class Exchange:
         """Judges a stream that ended, by itself or by our patience after its explicit end."""
         self._give_held()
         required = self.provider.end_required and not self.provider.config.end_optional
-        if not self.chunks:
+        if not self.chunks and self.final_event is None and not may_begin_stream(self._begin):
+            self.error_raw = self.error_raw or self._begin
+            begin = self._begin[:60].decode("utf-8", "replace")
+            self.finish("parse_error", "neither an event stream nor JSON: it begins with %r" % begin, self.arrived)
+        elif not self.chunks:
             self.finish("empty", "the answer ended without any output", self.end_at or self.arrived)
         elif self.end_at is None and required:
             self.finish("truncated", "the stream ended without an end: neither finish reason nor [DONE]", self.arrived)
         else:
             if self.end_at is None:
                 self.end_at = self.arrived
+            if not self.usage.get("out_tokens", 1):  # beside output, none is no count
+                self.usage = {key: count for key, count in self.usage.items() if key != "out_tokens"}
             self.finish("ok", None, self.end_at)
 
     def _take_whole(self, stamp: float) -> None:
@@ -2779,6 +2845,7 @@ class Exchange:
         """Ends the request; only the first call counts."""
         if self.status is None:
             self.status, self.err, self.over_at = status, err, at
+            self.plain = never_plain
             self.on_done()
 
     def reusable(self) -> bool:
@@ -2798,14 +2865,12 @@ def never_plain(_: bytes) -> int:
 def describe_body(body: bytes) -> str:
     """What an error body says, in one line: its JSON error, or its first words."""
     try:
-        message = json.loads(body.decode("utf-8", "replace"))
+        return error_of(json.loads(body.decode("utf-8", "replace")), "error") or ""
     except (ValueError, RecursionError):
         text = re.sub(
             r"<(script|style)[^>]*>.*?</\1>|<[^>]*>", " ", body[:4096].decode("utf-8", "replace"), flags=re.S | re.I
         )
         return " ".join(text.split())[:200]
-    error = error_of(message, "error")
-    return error or ""
 
 
 def event_text(event: Optional[Event]) -> Optional[str]:
@@ -2814,7 +2879,8 @@ def event_text(event: Optional[Event]) -> Optional[str]:
         return None
     kind, data = event
     lines = ["data: " + line for line in data[:RAW_LIMIT].decode("utf-8", "replace").split("\n")]
-    return "\n".join((["event: " + kind] if kind != "message" else []) + lines)[:RAW_LIMIT]
+    text = "\n".join((["event: " + kind] if kind != "message" else []) + lines)
+    return text.encode("utf-8", "replace")[:RAW_LIMIT].decode("utf-8", "ignore")
 
 
 @dataclass

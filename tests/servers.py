@@ -88,16 +88,24 @@ class Request(NamedTuple):
 
 
 class Peer:
-    """The server's end of a connection; `sent` holds (before, after) of each send."""
+    """The server's end of a connection; `sent` holds (before, after) of each send that has begun."""
 
     def __init__(self, sock: Any, plain: socket.socket) -> None:
         self.sock, self.plain = sock, plain
-        self.sent: list[tuple[float, float]] = []
+        self._sent: list[tuple[float, float]] = []
+        self._sending = threading.Lock()
 
     def send(self, data: bytes) -> None:
-        before = llmbench.clock()
-        self.sock.sendall(data)
-        self.sent.append((before, llmbench.clock()))
+        with self._sending:
+            before = llmbench.clock()
+            self.sock.sendall(data)
+            self._sent.append((before, llmbench.clock()))
+
+    @property
+    def sent(self) -> list[tuple[float, float]]:
+        """Waits for the send that is under way: the client may have its bytes before it returns."""
+        with self._sending:
+            return list(self._sent)
 
     def close(self) -> None:
         """An orderly close (FIN)."""

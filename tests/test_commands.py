@@ -224,9 +224,7 @@ def test_a_secret_in_the_place_of_a_command_is_not_echoed(words):
 
 
 @pytest.mark.parametrize("url", ["user:%s@host/v1" % SECRET, "host/v1?api-key=%s" % SECRET])
-def test_a_url_that_is_refused_shows_no_secret(url, request):
-    if "@" in url:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="without :// the password is not found"))
+def test_a_url_that_is_refused_shows_no_secret(url):
     assert SECRET not in refusal("run", "--url", url, "--model", "m")
 
 
@@ -393,7 +391,7 @@ def test_the_command_can_be_given_again_and_shows_no_secret(words, shown):
 MISTAKES = {
     "no url": ([], "--url is needed"),
     "empty url": (["--url", ""], "--url"),
-    "url without its value": (["--url"], "expected one argument"),
+    "url without its value": (["--url"], "--url needs a value"),
     "no scheme": (["--url", "localhost:8000/v1"], "no scheme"),
     "unknown scheme": (["--url", "ftp://h/v1"], "'ftp'"),
     "no host": (["--url", "http://:80/v1"], "no host"),
@@ -425,11 +423,9 @@ LATER_MISTAKES = {  # found when the event loop is there already
     "CA missing": (["--url", "https://localhost:1", "--model", "m", "--ca-cert", "missing.pem"], "missing.pem"),
     "CA no PEM": (["--url", "https://localhost:1", "--model", "m", "--ca-cert", "latin.txt"], "not a PEM"),
     "CA empty": (["--url", "https://localhost:1", "--model", "m", "--ca-cert", "empty.txt"], "not a PEM"),
-    "no model to be had": (["--url", "http://127.0.0.1:1/v1"], "is --url right?"),
-}
-UNREADY = {
     "open bracket": (["--url", "http://[::1/v1", "--model", "m"], "--url"),
     "port 0": (["--url", "http://127.0.0.1:0/v1", "--model", "m"], "port"),
+    "no model to be had": (["--url", "http://127.0.0.1:1/v1"], "is --url right?"),
 }
 
 
@@ -467,12 +463,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("name", LATER_MISTAKES)
 def test_a_mistake_that_is_found_later_is_one_line_too(tmp_path, name):
     check_mistake([sys.executable, str(ROOT / "llmbench.py"), "run"], tmp_path, *LATER_MISTAKES[name])
-
-
-@pytest.mark.parametrize("name", UNREADY)
-@pytest.mark.xfail(strict=True, reason="urlsplit's ValueError ends in a traceback; port 0 is taken for 80")
-def test_a_url_that_leads_nowhere_is_one_line(tmp_path, name):
-    check_mistake([sys.executable, str(ROOT / "llmbench.py"), "run"], tmp_path, *UNREADY[name])
 
 
 @pytest.mark.parametrize("name", ["no url", "workload bad line", "out holds results"])
@@ -569,13 +559,14 @@ def test_report_builds_the_same_files_again(programs, tmp_path):
 
 REPORTLESS = {
     "no directory named": ([], "DIR"),
-    "no results there": (["old/.."], "results.jsonl cannot be read"),
+    "no results there": (["old/.."], "holds no results.jsonl"),
+    "no such directory": (["nowhere"], "nowhere"),
+    "a file": (["empty.txt"], "empty.txt"),
     "an empty file": (["void"], "measured nothing"),
     "a bad line": (["broken"], "line 2"),
     "two directories": (["old", "old"], "left over"),
     "an unknown flag": (["old", "--lnag", "zh"], "did you mean --lang?"),
 }
-REPORT_NOWHERE = {"no such directory": (["nowhere"], "nowhere"), "a file": (["empty.txt"], "empty.txt")}
 
 
 def lay_out_runs(directory):
@@ -588,14 +579,6 @@ def lay_out_runs(directory):
 def test_a_report_that_cannot_be_made_is_one_line(tmp_path, name):
     lay_out_runs(tmp_path)
     check_mistake([sys.executable, str(ROOT / "llmbench.py"), "report"], tmp_path, *REPORTLESS[name])
-
-
-@pytest.mark.parametrize("name", REPORT_NOWHERE)
-@pytest.mark.xfail(
-    strict=True, reason="exit status 5, results.csv could not be written: the results are looked for later"
-)
-def test_a_report_of_nothing_is_a_mistake_and_no_write_error(tmp_path, name):
-    check_mistake([sys.executable, str(ROOT / "llmbench.py"), "report"], tmp_path, *REPORT_NOWHERE[name])
 
 
 # --- a whole run against an endpoint that repeats everything it is sent -----------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import shutil
 import socket
 import ssl
@@ -580,11 +581,23 @@ def test_bytes_on_an_idle_connection_close_it():
         loop.run_until_complete(asyncio.wait_for(wait_for_the_end(), PATIENCE))
 
 
-@pytest.mark.xfail(strict=True, reason="the end of a connection counts as a read: the peer is said to have spoken")
-def test_peer_that_accepts_and_leaves_did_not_speak():
-    """The connection ended without a byte: that is no answer that could be parsed."""
+@pytest.mark.xfail(
+    sys.version_info < (3, 12),
+    strict=True,
+    reason="the end of a connection counts as a read: the peer is said to have spoken",
+)
+def test_peer_that_accepts_and_leaves_did_not_speak(monkeypatch):
+    """The connection ended without a byte, and before anyone looked: that is no answer that could be parsed."""
+    connect = llmbench.Network._connect
+
+    async def connect_and_wait(network, *words):
+        sock = await connect(network, *words)
+        select.select([sock], [], [], PATIENCE)  # the end is there before the first read
+        return sock
+
+    monkeypatch.setattr(llmbench.Network, "_connect", connect_and_wait)
     with Server(says(b""), greet=lambda peer, _: peer.close()) as server:
-        measured = measure(server.url, concurrency=4, total_requests=20)
+        measured = measure(server.url, concurrency=2, total_requests=6)
     assert not measured.complaints
     assert measured.seconds < PATIENCE / 2
     for record in measured.records:

@@ -230,9 +230,6 @@ def test_byte_by_byte_each_time_is_that_of_the_byte_that_completes_it(timed: Tim
     assert times(wire) == {"ttfb": 1, **timed.times}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="once </think> is read the fast path takes the first content, and no TTFT is noted"
-)
 @pytest.mark.parametrize("closing", ["</think>", "hm</think>"])
 def test_content_behind_a_closing_tag_of_its_own_frame_has_a_ttft(closing: str) -> None:
     wire = Wire().stream(
@@ -301,7 +298,6 @@ def test_the_last_usage_wins(frames: List[bytes], usage: Dict[str, int]) -> None
     assert wire.exchange.usage == usage
 
 
-@pytest.mark.xfail(strict=True, reason="a count of 0 output tokens beside output is kept when prompt tokens are known")
 def test_no_output_tokens_beside_output_count_as_missing() -> None:
     nothing = sse({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 0}})
     wire = Wire().stream((2, text("a")), (3, STOP), (4, nothing), (5, DONE)).read(END, 6)
@@ -364,7 +360,6 @@ def test_gaps_add_up_to_the_span_of_the_output() -> None:
     assert sum(exchange.gaps.values()) == exchange.chunks - 1 == len(exchange.chunk_times) - 1
 
 
-@pytest.mark.xfail(strict=True, reason="text that was held back is noted as a chunk at the time of its release")
 def test_gaps_add_up_when_text_was_held_back() -> None:
     exchange = Wire(record_chunks=True).stream((4, text("<")), (7, text("b")), (8, text("c"))).exchange
     assert exchange.output_at == at(4)
@@ -417,9 +412,6 @@ def test_slack_is_how_much_too_late_ttft_may_be(reads: List[Tuple[bytes, float]]
     assert wire.exchange.slack == slack * TICK
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the slack of the read that brought held text is forgotten when the text is released"
-)
 @pytest.mark.parametrize("first", ["\n", "<"])
 def test_held_text_keeps_the_slack_of_its_own_read(first: str) -> None:
     wire = Wire().read(HEAD, 1).read(framed(ROLE + text(first)), 10, look=5).read(framed(text("a")), 12, look=1)
@@ -726,7 +718,6 @@ def test_finish_counts_once() -> None:
     assert not wire.exchange.reusable()
 
 
-@pytest.mark.xfail(strict=True, reason="the fast path does not look whether the stream is over")
 @pytest.mark.parametrize("last", [DONE, ERROR], ids=["[DONE]", "error"])
 def test_content_behind_the_end_is_not_read(last: bytes) -> None:
     config = {"think_tags": "off"}
@@ -736,20 +727,17 @@ def test_content_behind_the_end_is_not_read(last: bytes) -> None:
     assert (fast.chunks, fast.chars) == (1, 1)
 
 
-@pytest.mark.xfail(strict=True, reason="after the finish reason a clean close settles at once: the tail is not read")
 def test_usage_without_its_last_blank_line_is_read_at_a_clean_close() -> None:
     wire = to_close(text("a"), STOP, USAGE.rstrip())
     assert wire.status == "ok"
     assert wire.exchange.usage == {"in_tokens": 9, "out_tokens": 2}
 
 
-@pytest.mark.xfail(strict=True, reason="an unknown content coding hides the status")
 def test_a_refusal_in_an_unknown_coding_is_still_a_refusal() -> None:
     wire = whole(b"\x1b\x03\0", "429 Too Many Requests", "Content-Encoding: br")
     assert (wire.status, wire.err) == ("rate_limited", "HTTP 429: Too Many Requests")
 
 
-@pytest.mark.xfail(strict=True, reason="by the letter an event stream of nothing: what came instead is not shown")
 @pytest.mark.parametrize("body", [b"OK", b"no healthy upstream\n"])
 def test_a_text_that_is_neither_sse_nor_json_is_a_parse_error(body: bytes) -> None:
     wire = whole(body)
@@ -970,7 +958,6 @@ def test_an_event_of_any_size_is_kept_in_64_kib(data: bytes) -> None:
     assert len(event_text(("message", data)).encode()) == RAW_LIMIT
 
 
-@pytest.mark.xfail(strict=True, reason="the limit is counted in bytes before decoding and in characters after it")
 @pytest.mark.parametrize("data", ["好".encode() * 50000, b"\xff" * 200000], ids=["CJK", "not UTF-8"])
 def test_an_event_in_other_letters_is_kept_in_64_kib(data: bytes) -> None:
     assert len(event_text(("message", data)).encode()) <= RAW_LIMIT

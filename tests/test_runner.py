@@ -35,6 +35,13 @@ from servers import (
 import llmbench
 
 STOP = event(finish="stop")
+
+
+def faulty(*values, reason):
+    """A row of parameters with which llmbench is wrong as yet."""
+    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
+
+
 TEXT = event("Hello")
 
 
@@ -513,7 +520,7 @@ def test_any_cut_of_the_bytes_means_the_same(size):
 # Endpoints that lie.
 
 UNCOUNTABLE = [
-    pytest.param(text, marks=pytest.mark.xfail(strict=True, reason="such a number ends the reading, or is believed"))
+    faulty(text, reason="such a number ends the reading, or is believed")
     for text in ("1e999", "-1e999", "NaN", "-5", "1" + "0" * 400)
 ]
 
@@ -549,7 +556,7 @@ def test_odd_frames_end_no_run(frame):
 @pytest.mark.xfail(strict=True, reason="RecursionError in is_complete_data; the request waits for its time-out")
 def test_unterminated_tail_that_is_nested_deeply():
     with Server(says(CLOSED + TEXT + b"data: " + DEEP, "close")) as server:
-        measured = measure(server.url, total_requests=1)
+        measured = measure(server.url, total_requests=1, timeout=2.0)
     assert not measured.complaints
     assert measured.statuses[0] in ("truncated", "parse_error")
 
@@ -584,15 +591,16 @@ def echoes(kind, secret):
         "not HTTP": says(secret.encode() + b"\r\n"),
         "escaped": says(answer(500, json.dumps(error).replace("/", "\\/").encode())),
         "HTML": says(answer(500, b"<p>" + secret.encode() + b"</p>")),
-        "cut in the line": says(answer(500, {"error": {"message": "x" * (295 - len(secret) // 2) + secret}})),
-        "cut in the sample": says(answer(500, b"x" * (llmbench.RAW_LIMIT - len(secret) // 2) + secret.encode() * 2)),
+        "cut in the line": says(answer(500, {"error": {"message": "x" * (300 - len(secret) + 4) + secret}})),
+        "cut in the sample": says(answer(500, b"x" * (llmbench.RAW_LIMIT - len(secret) + 4) + secret.encode() * 2)),
         "broken frame": says(streamed(b"data: {" + secret.encode() + b"\n\n")),
     }[kind]
 
 
 SECRET = "sk-Zq8/xW3vT+Lm"
 ECHOES = ["refusal", "header", "stream error", "content", "redirect", "not HTTP", "HTML", "broken frame",
-          "escaped", "cut in the line", "cut in the sample"]  # fmt: skip
+          *(faulty(kind, reason="only the secret as it stands, and whole, is masked")
+            for kind in ("escaped", "cut in the line", "cut in the sample"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ECHOES)
@@ -609,17 +617,19 @@ def assert_hidden(record, secret, piece=8):
 
 
 @pytest.mark.parametrize(
-    "given, secret",
+    "given",
     [
-        ({"header": ["Authorization: Bearer " + SECRET]}, SECRET),
-        ({"header": ["X-Api-Key: " + SECRET]}, SECRET),
-        ({"header": ["Cookie: session=%s; theme=dark" % SECRET]}, SECRET),
-        ({"body": {"api_key": SECRET}}, SECRET),
+        {"header": ["X-Api-Key: " + SECRET]},
+        faulty({"header": ["Authorization: Bearer " + SECRET]}, reason="only a header's whole value is a known secret"),
+        faulty(
+            {"header": ["Cookie: id=%s; theme=dark" % SECRET]}, reason="only a header's whole value is a known secret"
+        ),
+        faulty({"body": {"api_key": SECRET}}, reason="the body's keys are masked in the header line only"),
     ],
-    ids=["bearer header", "key header", "cookie", "body"],
+    ids=["key header", "bearer header", "cookie", "body"],
 )
-def test_secrets_in_headers_and_body_are_masked_when_they_come_back_alone(given, secret):
-    assert_hidden(measure_one(echoes("refusal", secret), **given), secret)
+def test_secrets_in_headers_and_body_are_masked_when_they_come_back_alone(given):
+    assert_hidden(measure_one(echoes("refusal", SECRET), **given), SECRET)
 
 
 @pytest.mark.xfail(strict=True, reason="the base64 of user:password is no known secret")
@@ -726,16 +736,11 @@ def test_field_of_ours_that_is_refused_is_found_out_by_one_probe(refused, stream
     assert ("max_completion_tokens" in last) == (refused[0] == "max_tokens")
 
 
+@pytest.mark.xfail(strict=True, reason="a probe that is refused for the other field counts as no way out")
 @pytest.mark.parametrize("refused", [("stream_options", "max_tokens"), ("max_tokens", "stream_options")])
-@pytest.mark.parametrize("words", ["Unsupported parameter: %s", "bad request"])
-def test_two_fields_of_ours_that_are_refused_are_both_found_out(refused, words):
-    if "%s" not in words and refused[0] == "max_tokens":
-        pytest.skip("the same as the other order")
-    with Server(picky(*refused, words=words)) as server:
+def test_two_fields_of_ours_that_are_refused_are_both_found_out(refused):
+    with Server(picky(*refused)) as server:
         measured = measure(server.url, total_requests=4)
-    if "%s" not in words:
-        assert len(measured.of_phase("probe")) <= 2, "nothing names max_tokens, so it may stay unknown"
-        return
     assert [record["status"] for record in measured.of_phase("measure")] == ["ok"] * 4
     assert len(measured.of_phase("probe")) == 2
     notes = " ".join(measured.runner.provider.dialect.notes)
@@ -815,10 +820,16 @@ def test_stop_gives_what_is_in_flight_its_time_and_starts_nothing():
     assert measured.seconds < 2
 
 
-@pytest.mark.parametrize("waiting", ["in the answer", "in the queue of the probe"])
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        "in the answer",
+        faulty("in the queue of the probe", reason="what waited for the cancelled probe is sent after all"),
+    ],
+)
 def test_stop_cancels_what_outlives_the_patience(waiting):
     def behave(peer, request):
-        if waiting == "in the queue of the probe" and request.number < 3:
+        if waiting == "in the queue of the probe" and "stream_options" in request.fields:
             peer.send(answer(400, {"error": "stream_options"}))
             return
         peer.send(CHUNKED + chunk(TEXT))
@@ -828,13 +839,15 @@ def test_stop_cancels_what_outlives_the_patience(waiting):
         loop.call_later(0.2, runner.stop, "interrupted", 0.1)
 
     with Server(behave) as server:
-        measured = measure(server.url, during=interrupt, concurrency=3, total_requests=100)
+        measured = measure(server.url, during=interrupt, concurrency=3, total_requests=100, timeout=4.0)
     assert "cancelled" in measured.statuses
     assert measured.seconds < 2
     assert not measured.complaints
 
 
-@pytest.mark.xfail(strict=True, reason="a cancelled probe with a 200 is taken as accepted, and the request is sent again")
+@pytest.mark.xfail(
+    strict=True, reason="a cancelled probe with a 200 is taken as accepted, and the request is sent again"
+)
 def test_past_the_grace_nothing_is_sent_again():
     """The probe is cancelled at the end of the grace: what it was for is not sent, to wait out its own time-out."""
 
@@ -851,7 +864,13 @@ def test_past_the_grace_nothing_is_sent_again():
     assert [record["status"] for record in measured.of_phase("probe")] == ["cancelled"]
 
 
-@pytest.mark.parametrize("when", ["opening ahead", "opening for a probe"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        "opening ahead",
+        faulty("opening for a probe", reason="the stream of a probe has no task that could be cancelled"),
+    ],
+)
 def test_a_second_interrupt_ends_connections_that_are_being_opened(when):
     with full_listener() as silent, Server(says(answer(400, {"error": "stream_options"}))) as server:
 

@@ -313,7 +313,6 @@ def test_the_work_counter_sees_a_quadratic_reader() -> None:
     assert work.scanned > 1000 * len(buffer)
 
 
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="is_complete_data lets json's RecursionError through")
 @pytest.mark.parametrize("parser", [SSEParser, NDJSONParser])
 def test_a_tail_nested_too_deeply_is_no_json(parser: Callable) -> None:
     reader = parser()
