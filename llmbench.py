@@ -70,6 +70,7 @@ from typing import (
     Iterator,
     List,
     Mapping,
+    Match,
     NamedTuple,
     NoReturn,
     Optional,
@@ -410,12 +411,18 @@ class Stage(NamedTuple):
 # Query parameters and headers whose values are never shown. A token inside a longer name counts too
 # (x-api-key, access_token), so the pattern errs towards hiding.
 SECRET_NAME = re.compile(
-    r"(?i)(authorization|cookie|token|secret|signature|password|passwd|credential|api-?key|"
+    r"(?i)(authorization|cookie|token|secret|signature|password|passwd|credential|(api|access|app|auth|private)[-_]?key|"
     r"(^|[-_])(key|sign|sig|auth|pwd|ak|sk)($|[-_]))"
 )
 SECRET_IN_TEXT = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9+/=._~-]{6,}")
-SECRET_IN_QUERY = re.compile(r"([?&])([^=&#\s\"']+)=([^&#\s\"']+)")
-SECRET_IN_AUTHORITY = re.compile(r"(?<=://)[^/\s@\"']+@")
+SECRET_IN_QUERY = re.compile(r"([?&#])([^=&?#\s\"']+)(=)([^&#\s\"']+)")
+SECRET_IN_AUTHORITY = re.compile(r"(?<=://)[^/?#\s\"]+@")  # a password may hold an @ or a quote
+# `"api_key": "…"` in JSON, in JSON inside JSON and as Python prints it; `X-Api-Key: …` and `Cookie: …` to the line end
+SECRET_IN_FIELD = re.compile(r"""()\b([\w.-]{1,64})(\\*["']\s*:\s*\\*["'])((?:[^"'\\]|\\+[^"'\\])+)""")
+SECRET_IN_HEADER = re.compile(
+    r"(?i)(\b|(?<=\\[nrt]))((?:set-)?cookie|(?:proxy-)?authorization|[a-z0-9]{1,32}(?:-[a-z0-9]{1,32}){1,6})"
+    r"(:[ \t]*)([^\r\n\"'\\]+)"
+)
 NOT_SECRET_NAME = re.compile(
     r"(?i)^(max|min|total|prompt|completion|input|output|num|n)[-_].*token|tokens$|^token[-_]mode$"
 )
@@ -436,10 +443,22 @@ def redact(text: str, secrets: Sequence[str] = ()) -> str:
         if secret:
             text = text.replace(secret, "***")
     text = SECRET_IN_AUTHORITY.sub("***@", text)
-    text = SECRET_IN_QUERY.sub(
-        lambda m: m.group(1) + m.group(2) + "=" + ("***" if is_secret_name(m.group(2)) else m.group(3)), text
-    )
+    for pattern in (SECRET_IN_QUERY, SECRET_IN_FIELD, SECRET_IN_HEADER):
+        text = pattern.sub(hide_value, text)
     return SECRET_IN_TEXT.sub(lambda m: m.group(1) + " ***", text)
+
+
+def hide_value(match: Match[str]) -> str:
+    """A name and its value, as the patterns above find them, with the value hidden when the name is a secret's."""
+    before, name, between, value = match.groups()
+    return before + name + between + ("***" if is_secret_name(name) else value)
+
+
+def spellings(secret: str) -> List[str]:
+    """A text as it is, as JSON writes it, with escaped slashes or not, and as a URL does."""
+    written = json.dumps(secret, ensure_ascii=False)[1:-1]
+    ways = (secret, written, json.dumps(secret)[1:-1], written.replace("/", "\\/"), urllib.parse.quote(secret, safe=""))
+    return list(dict.fromkeys(ways))
 
 
 def milliseconds(seconds: float) -> float:
@@ -1488,7 +1507,8 @@ def parse_prompt(line: str, name: str, number: int) -> Prompt:
     limit = item.get("max_tokens")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise UserError("%s: max_tokens must be a whole number above 0" % where)
-    return Prompt(str(item.get("id", "line-%d" % number)), prompt_messages(item, where), limit)
+    name = item.get("id")
+    return Prompt("line-%d" % number if name is None else str(name), prompt_messages(item, where), limit)
 
 
 def prompt_messages(item: Dict[str, Any], where: str) -> List[Dict[str, Any]]:
@@ -1621,7 +1641,8 @@ def describe_histogram(
         return None
     ordered = sorted(buckets.items())
     mean = total_ms / n
-    square = math.fsum(count * (bucket_ms(bucket) - mean) ** 2 for bucket, count in ordered)
+    middle = math.fsum(count * bucket_ms(bucket) for bucket, count in ordered) / n  # gaps all alike have no spread
+    square = math.fsum(count * (bucket_ms(bucket) - middle) ** 2 for bucket, count in ordered)
     figures: Dict[str, Any] = {"n": n, "mean": mean, "stdev": math.sqrt(square / (n - 1)) if n > 1 else 0.0, "min": low}
     for name, percent in PERCENTILES:
         figures[name] = min(high, max(low, histogram_quantile(ordered, n, percent / 100.0)))
@@ -1709,7 +1730,7 @@ def error_key(err: str) -> str:
     'HTTP 500: upstream timed out (request id: #)'
     """
     head, tail = err[:8], err[8:]  # "HTTP 500" stays readable
-    tail = re.sub(r"\b(?=[0-9a-fA-F-]*[0-9])[0-9a-fA-F-]{8,}\b|[0-9]{2,}", "#", tail)
+    tail = re.sub(r"(?a)\b(?=[0-9a-fA-F-]*[0-9])[0-9a-fA-F-]{8,}\b|\b(?=\w*[0-9])\w{14,}\b|[0-9]{2,}", "#", tail)
     return (head + tail)[:200]
 
 
@@ -1761,6 +1782,10 @@ class Collector:
             if name in record:
                 self.samples.setdefault(name, record[name])
 
+    def rows(self) -> List[Rows]:
+        """The stages in order; one without requests when the run was over before any."""
+        return [self.stages[index] for index in sorted(self.stages)] or [Rows(0, self._load(0))]
+
     def _load(self, stage: int) -> Dict[str, float]:
         loads = self.header.get("config", {}).get("concurrency") or [1]
         return {"concurrency": loads[stage] if stage < len(loads) else loads[-1]}
@@ -1791,8 +1816,7 @@ def steady_window(rows: Rows) -> Optional[Tuple[float, float]]:
         if start == start:
             changes.append((start, 1))
             changes.append((end, -1))
-    # An end at the very moment of a start frees no stream before it: starts first.
-    changes.sort(key=lambda change: (change[0], -change[1]))
+    changes.sort()  # at one moment ends come first: a stream ends a request before it starts its next
     flying, streams = 0, rows.load.get("concurrency", 1)
     for moment, change in changes:
         flying += change
@@ -1808,7 +1832,7 @@ def steady_throughput(rows: Rows) -> Tuple[Optional[float], str]:
         return None, "the streams were never all in flight at once"
     low, high = window
     columns = rows.columns
-    tokens, ended = 0.0, 0
+    tokens, ended, unknown = 0.0, 0, 0
     for status, start, latency, first, out in zip(
         rows.status, columns["start_ms"], columns["latency_ms"], columns["ttfe_ms"], columns["out_tokens"]
     ):
@@ -1818,9 +1842,13 @@ def steady_throughput(rows: Rows) -> Tuple[Optional[float], str]:
         ended += low <= end <= high
         if out == out and begin == begin:
             tokens += out * share_within(begin, end, low, high)
+        else:
+            unknown += end >= low and start <= high
     need = 2 * rows.load.get("concurrency", 1)
     if ended < need:
         return None, "only %d requests ended while all streams were busy; %d are needed" % (ended, need)
+    if unknown:
+        return None, "%d requests of the steady window gave no token counts or no first output" % unknown
     return (tokens / (high - low) * 1000.0, "") if high > low else (None, "the steady window is empty")
 
 
@@ -1936,7 +1964,7 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     header = collector.header
     config = header.get("config", {})
     mode = config.get("token_mode", "usage")
-    rows = [collector.stages[index] for index in sorted(collector.stages)]
+    rows = collector.rows()
     stages = [{"stage": stage.stage, "load": stage.load, **summarize_stage(stage, mode)} for stage in rows]
     summary: Dict[str, Any] = {"schema": 1}
     for key in ("tool_version", "run_id", "provider", "model", "url", "started_at"):
@@ -3400,6 +3428,18 @@ def iso_time(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
+def secret_texts(tree: Any, secret: bool = False) -> Iterator[str]:
+    """The texts of a JSON tree that stand under a key that names a secret."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from secret_texts(value, is_secret_name(key))
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from secret_texts(value, secret)
+    elif secret and isinstance(tree, str):
+        yield tree
+
+
 def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
     """Every text that must never be shown: the token, the URL's password, values of headers that carry keys."""
     secrets = [config.token]
@@ -3410,6 +3450,8 @@ def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
         if is_secret_name(name):
             secrets.append(value.strip())
     secrets += [value for name, value in parse_qsl(urlsplit(endpoint.url).query) if is_secret_name(name)]
+    secrets += secret_texts(config.body)
+    secrets = [spelling for secret in secrets for spelling in spellings(secret)]
     return sorted((secret for secret in secrets if len(secret) > 3), key=len, reverse=True)
 # ==================================================================================================
 # 10. Report: a summary and its rows to one offline page
@@ -5535,13 +5577,17 @@ class ResultsWriter:
     def __init__(self, directory: str) -> None:
         self.path = os.path.join(directory, RESULTS)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._broken = False  # a line was cut off: what is written after it could not be read
 
     def write(self, value: Mapping[str, Any]) -> None:
         """One line; raises WriteError."""
         line = encode_line(value)
+        if self._broken:
+            raise WriteError("%s could not be written: an earlier line was cut off" % self.path)
         try:
             written = os.write(self._descriptor, line)
-            if written != len(line):  # a full disk writes a part first
+            self._broken = written != len(line)
+            if self._broken:  # a full disk writes a part first
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise WriteError("%s could not be written: %s" % (self.path, error.strerror or error)) from None
@@ -5647,8 +5693,11 @@ def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[
     with WholeFile(os.path.join(directory, RESULTS_CSV), "utf-8-sig") as file:
         rows = csv.writer(file)
         rows.writerow(columns)
-        for line in read_lines(os.path.join(directory, RESULTS), notice):
-            collector.add(line)
+        for number, line in enumerate(read_lines(os.path.join(directory, RESULTS), notice), 1):
+            try:
+                collector.add(line)
+            except (LookupError, TypeError, ValueError):
+                raise UserError("%s line %d is not a record; restore or remove that line" % (RESULTS, number)) from None
             if "request_id" in line:
                 rows.writerow([csv_cell(line.get(name)) for name in columns])
     summary = summarize(collector)
@@ -5656,7 +5705,7 @@ def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[
         json.dump(summary, file, ensure_ascii=False, indent=2)
         file.write("\n")
     header = {**collector.header, "results_sha256": file_digest(os.path.join(directory, RESULTS))}
-    stages = [collector.stages[index] for index in sorted(collector.stages)]
+    stages = collector.rows()
     with WholeFile(os.path.join(directory, REPORT)) as file:
         file.write(render_report(summary, header, stages, collector.audits, collector.end, assets))
     return summary
@@ -5703,8 +5752,8 @@ def make_header(config: Config, endpoint: Endpoint, prompts: int, command: str, 
         key: value for key, value in vars(config).items() if value is not None and key not in ("token", "out", "run_id")
     }
     shown["url"] = redact(endpoint.url, secrets)
-    shown["header"] = [mask_header(line) for line in config.header]
-    shown["body"] = json.loads(redact(json.dumps(mask_body(config.body)), secrets))
+    shown["header"] = [redact(mask_header(line), secrets) for line in config.header]
+    shown["body"] = mask_body(config.body, secrets)
     shown["token"] = "***" if config.token else ""
     shown["prompts"] = {"source": config.workload_file or "built-in", "count": prompts}
     header = {
@@ -5720,14 +5769,17 @@ def mask_header(line: str) -> str:
     return name + ": ***" if is_secret_name(name) else name + ":" + value
 
 
-def mask_body(tree: Any) -> Any:
-    """A JSON tree with the values of secret keys shown as ***."""
+def mask_body(tree: Any, secrets: Sequence[str]) -> Any:
+    """A JSON tree with the values of secret keys shown as ***, and every other text redacted."""
     if isinstance(tree, dict):
         return {
-            key: "***" if is_secret_name(key) and isinstance(value, str) else mask_body(value)
+            key: "***" if is_secret_name(key) and isinstance(value, str) else mask_body(value, secrets)
             for key, value in tree.items()
         }
-    return [mask_body(value) for value in tree] if isinstance(tree, list) else tree
+    if isinstance(tree, list):
+        return [mask_body(value, secrets) for value in tree]
+    return redact(tree, secrets) if isinstance(tree, str) else tree
+
 # ==================================================================================================
 # 12. Terminal: progress and tables
 # ==================================================================================================
@@ -5757,6 +5809,11 @@ def terminal_columns() -> int:
         return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except (OSError, ValueError):
         return 80
+
+
+def printable(text: str) -> str:
+    """Text of an endpoint without control characters: they could move the cursor or rename the window."""
+    return re.sub("[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def padded(text: str, width: int, right: bool) -> str:
@@ -5938,7 +5995,7 @@ def headline_rows(block: Mapping[str, Any], tokens: Mapping[str, Any], texts: Ma
 
 def summary_lines(summary: Mapping[str, Any], texts: Mapping[str, str], paint: Callable[[str, str], str]) -> List[str]:
     """The summary as lines for a terminal."""
-    lines = [paint("bold", "%s  %s" % (summary.get("model", ""), summary.get("url", "")))]
+    lines = [paint("bold", printable("%s  %s" % (summary.get("model", ""), summary.get("url", ""))))]
     for stage in summary["stages"]:
         streams = stage["load"].get("concurrency", 1)
         load = texts["terminal.load_one" if streams == 1 else "terminal.load"].format(streams=streams)
@@ -5972,7 +6029,10 @@ def summary_notes(summary: Mapping[str, Any], texts: Mapping[str, str], paint: C
         lines += ["", paint("bold", texts["terminal.failures"])]
         for error in summary["errors"][:5]:
             lines.append(
-                "  " + paint("red", "%5d  %-13s" % (error["count"], error["status"])) + "  " + error["key"][:150]
+                "  "
+                + paint("red", "%5d  %-13s" % (error["count"], error["status"]))
+                + "  "
+                + printable(error["key"])[:150]
             )
         if len(summary["errors"]) > 5:
             lines.append("  " + texts["terminal.more_failures"].format(n=len(summary["errors"]) - 5))
@@ -7099,10 +7159,15 @@ def read_choice(*choices: str) -> Callable[[str], str]:
     return read
 
 
+def read_no_constant(name: str) -> NoReturn:
+    """Refuses NaN and Infinity, which Python reads and writes but JSON does not have."""
+    raise ValueError(name)
+
+
 def read_json_object(text: str) -> Dict[str, Any]:
     """A JSON object."""
     try:
-        tree = json.loads(text)
+        tree = json.loads(text, parse_constant=read_no_constant)
     except ValueError:
         tree = None
     if not isinstance(tree, dict):
@@ -7171,8 +7236,17 @@ FLAGS = {flag.name: flag for flag in RUN_FLAGS}
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with our error line, and without ever echoing what it didn't understand."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(add_help=False, allow_abbrev=False, **settings)
+        self.add_argument("-h", "--help", "-help", action="help", help="this text")
+
+    def _get_option_tuples(self, option_string: str) -> List[Any]:
+        # What a flag may abbreviate: from 3.8 on argparse asks after one dash too, in spite of allow_abbrev.
+        return []
+
     def error(self, message: str) -> NoReturn:
         """One line that says what is wrong: argparse's, with the flag named as it is documented."""
+        message = re.sub(r"ignored explicit argument .*", "takes no value", message, flags=re.S)
         raise UserError(re.sub(r"^argument (--[a-z-]+)/-[a-z-]+: (expected one argument)?", self._flag_error, message))
 
     @staticmethod
@@ -7184,6 +7258,8 @@ class ArgumentParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(list(words))
         if unknown:
             name = next((word.split("=")[0] for word in unknown if word.startswith("-")), "")
+            if name and not re.match(r"^--?[A-Za-z][A-Za-z_-]{,24}$", name):  # a value sticks to it
+                raise UserError("an argument begins with - but is no flag; `%s --help` lists them" % self.prog)
             if not name:
                 raise UserError("an argument is left over; `%s --help` lists the flags" % self.prog)
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
@@ -7209,7 +7285,7 @@ def read_argument(flag: Flag) -> Callable[[str], Any]:
 def run_parser() -> ArgumentParser:
     """The parser of `run`, made of RUN_FLAGS. `-flag`, `--flag`, with a blank or `=`; no abbreviations."""
     parser = ArgumentParser(
-        prog="llmbench run", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="llmbench run", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measures a streaming chat endpoint; leaves results.jsonl, results.csv, summary.json, report.html",
         epilog="durations: 500ms, 30s, 5m, 8h, or plain seconds\nexit status: 0 done, 2 usage, 3 no request succeeded, "
         "5 results could not be written, 130/143 interrupted",
@@ -7257,7 +7333,7 @@ def default_token(url: str) -> str:
     """The token of the environment; the mock server gets none."""
     if url.startswith("mock:"):
         return ""
-    return os.environ.get("LLMBENCH_TOKEN") or os.environ.get("OPENAI_API_KEY") or ""
+    return (os.environ.get("LLMBENCH_TOKEN") or os.environ.get("OPENAI_API_KEY") or "").strip()
 
 
 def read_secret(text: str, flag: str) -> str:
@@ -7269,12 +7345,15 @@ def read_secret(text: str, flag: str) -> str:
         return os.environ[rest].strip()
     if colon and kind == "file":
         try:
-            with open(os.path.expanduser(rest), encoding="utf-8") as file:
-                return file.read().strip()
+            with open(os.path.expanduser(rest), encoding="utf-8-sig") as file:
+                secret = file.read().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 "%s file:%s cannot be read: %s" % (flag, rest, getattr(error, "strerror", None) or "not text")
             ) from None
+        if not secret:
+            raise UserError("%s file:%s holds nothing" % (flag, rest))
+        return secret
     if colon and kind == "cmd":
         return secret_of_command(rest, flag)
     return text.strip()
@@ -7307,7 +7386,8 @@ def shown_command(words: Sequence[str]) -> str:
         else:
             secret = bare if bare in ("token", "header") else ""
             shown.append(word)
-    return redact(" ".join(["llmbench.pyz", "run"] + [shlex.quote(word) for word in shown]))
+    # Redacted before quoting: a quoted quote would end the pattern of a password.
+    return " ".join(["llmbench.pyz", "run"] + [shlex.quote(redact(word)) for word in shown])
 
 
 def masked_value(flag: str, value: str) -> str:
@@ -7464,7 +7544,7 @@ def warn_without_token(config: Config, endpoint: Endpoint) -> None:
 
 def command_report(words: Sequence[str]) -> int:
     """`report DIR`: results.csv, summary.json and report.html again, from results.jsonl alone."""
-    parser = ArgumentParser(prog="llmbench report", allow_abbrev=False, description=command_report.__doc__)
+    parser = ArgumentParser(prog="llmbench report", description=command_report.__doc__)
     parser.add_argument("directory", metavar="DIR", help="a directory that a run left")
     parser.add_argument(
         "--lang", type=read_argument(FLAGS["lang"]), metavar="LANG", help="language of the terminal: en or zh"
@@ -7484,7 +7564,7 @@ def command_report(words: Sequence[str]) -> int:
 
 def command_providers(words: Sequence[str]) -> int:
     """`providers`: the registered providers and what each expects."""
-    ArgumentParser(prog="llmbench providers", allow_abbrev=False, description=command_providers.__doc__).parse_all(
+    ArgumentParser(prog="llmbench providers", description=command_providers.__doc__).parse_all(
         words
     )
     for name, provider in sorted(PROVIDERS.items()):
@@ -7494,7 +7574,7 @@ def command_providers(words: Sequence[str]) -> int:
 
 def command_mock(words: Sequence[str]) -> int:
     """`mock`: the built-in mock LLM server."""
-    parser = ArgumentParser(prog="llmbench mock", allow_abbrev=False, description=command_mock.__doc__)
+    parser = ArgumentParser(prog="llmbench mock", description=command_mock.__doc__)
     add_mock_arguments(parser)
     given = parser.parse_all(words)
     return run_mock(options_from_arguments(given), given.host, given.port, given.stdin_guard)
@@ -7529,9 +7609,9 @@ def dispatch(words: Sequence[str]) -> int:
     if words[0].startswith("-"):
         return command_run(words)
     if words[0] not in COMMANDS:
-        raise UserError(
-            "%r is not a command%s; `llmbench --help` lists them" % (words[0][:40], nearest(words[0], COMMANDS))
-        )
+        near = nearest(words[0], COMMANDS)  # a word that is near no command may be a secret
+        named = "%r is not a command%s" % (words[0], near) if near else "the first word is not a command"
+        raise UserError(named + "; `llmbench --help` lists them")
     return COMMANDS[words[0]][0](words[1:])
 
 

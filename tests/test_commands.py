@@ -95,7 +95,6 @@ def test_bad_values(read, texts):
 
 
 @pytest.mark.parametrize("text", ['{"temperature": NaN}', '{"n": Infinity}'])
-@pytest.mark.xfail(strict=True, reason="NaN and Infinity are read, and sent and written as what is no JSON")
 def test_a_body_is_strict_json(text):
     with pytest.raises(ValueError, match=r"^needs "):
         llmbench.read_json_object(text)
@@ -174,7 +173,6 @@ ABBREVIATED = [["-conc", "4"], ["-to", "x"], ["-max-t", "5"], ["-uni"], ["-ins"]
 
 
 @pytest.mark.parametrize("words", ABBREVIATED, ids=" ".join)
-@pytest.mark.xfail(strict=True, reason="from 3.8 on argparse abbreviates after one dash all the same")
 def test_a_flag_may_not_be_abbreviated_after_one_dash_either(words):
     with pytest.raises(llmbench.UserError, match=rf"{words[0]} is not a flag"):
         config_of(*words)
@@ -210,15 +208,11 @@ def test_a_mistyped_flags_value_is_not_echoed(words):
 
 
 @pytest.mark.parametrize("words", ECHOED, ids=" ".join)
-@pytest.mark.xfail(
-    strict=True, reason="argparse repeats the value of a switch; a word that begins with a dash is echoed whole"
-)
 def test_a_value_that_sticks_to_its_flag_is_not_echoed(words):
     assert SECRET not in refusal("run", "--url", "mock:", *words)
 
 
 @pytest.mark.parametrize("words", [[SECRET], [SECRET, "--url", "mock:"]])
-@pytest.mark.xfail(strict=True, reason="an unknown command is echoed, whatever it is")
 def test_a_secret_in_the_place_of_a_command_is_not_echoed(words):
     assert SECRET not in refusal(*words)
 
@@ -279,7 +273,6 @@ def test_every_python_reads_a_command_line_the_same_way(version):
 
 
 @pytest.mark.parametrize("version", SUPPORTED)
-@pytest.mark.xfail(strict=True, reason="argparse's guesses and echoes differ from one version to the next")
 def test_every_python_refuses_guesses_and_echoes_nothing(version):
     said = said_by(version)[len(TAKEN + NOT_ECHOED) :]
     assert len(said) == len(ECHOED + ABBREVIATED)
@@ -331,9 +324,6 @@ def test_what_a_failing_command_prints_is_not_shown():
 @pytest.mark.parametrize(
     "data", [b"", b"\n \n", b"\xef\xbb\xbf" + SECRET.encode()], ids=["empty", "blank", "byte order mark"]
 )
-@pytest.mark.xfail(
-    strict=True, reason="an empty file is a token of nothing, and a byte order mark is part of the token"
-)
 def test_a_token_file_holds_a_token_and_nothing_else(tmp_path, data):
     (tmp_path / "token").write_bytes(data)
     if SECRET.encode() in data:
@@ -358,7 +348,6 @@ def test_the_environments_token_is_for_real_endpoints(monkeypatch, environment, 
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", " "])
-@pytest.mark.xfail(strict=True, reason="the environment's token is taken with the line end that an env file left on it")
 def test_the_environments_token_is_stripped(monkeypatch, end):
     monkeypatch.setenv("LLMBENCH_TOKEN", SECRET + end)
     assert llmbench.read_config(["--url", "http://h"]).token == SECRET
@@ -507,7 +496,6 @@ def test_the_help_of_run_names_every_flag_once(capsys, word):
 
 
 @pytest.mark.parametrize("command", ["run", "report", "mock", "providers"])
-@pytest.mark.xfail(strict=True, reason="argparse knows -h and --help only")
 def test_help_may_have_one_dash_as_any_flag(capsys, command):
     assert run_main(capsys, command, "-help")[0] == 0
 
@@ -662,7 +650,6 @@ def test_no_password_reaches_a_file_or_the_terminal(echo, tmp_path):
     assert not re.search(r"Basic [A-Za-z0-9+/=]{8}", shown["results.jsonl"])
 
 
-@pytest.mark.xfail(strict=True, reason="neither the command nor the raw samples hide secrets of --body")
 def test_no_secret_of_the_body_reaches_a_file_or_the_terminal(echo, tmp_path):
     shown = echoed_run(echo, tmp_path / "out", "--body", json.dumps({"api_key": SECRET}))
     assert [place for place, text in shown.items() if SECRET in text] == []

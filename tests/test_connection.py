@@ -485,6 +485,16 @@ def test_unknown_host_is_a_dns_error(monkeypatch):
     assert "no-such-host.invalid" in str(error)
 
 
+@pytest.mark.xfail(
+    strict=True, reason="getaddrinfo raises UnicodeError for such a name, and the run ends in a traceback"
+)
+@pytest.mark.parametrize("host", ["10.0.0..1", "a" * 64 + ".example"])
+def test_host_that_can_be_no_name_is_a_dns_error(host):
+    error, _ = fail_to_open("http://%s:1" % host)
+    assert error.status == "dns_error"
+    assert host in str(error)
+
+
 def test_lookup_that_hangs_times_out(monkeypatch):
     released = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(PATIENCE) and [])

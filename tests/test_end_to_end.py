@@ -686,6 +686,36 @@ def test_what_an_endpoint_says_can_do_no_harm(tmp_path):
     assert not re.search(r"(^|,)\"?[=@\t\r]", cells, re.MULTILINE)
 
 
+HANGING_RESOLVER = """
+import socket, sys, time
+sys.path.insert(0, %r)
+import llmbench
+socket.getaddrinfo = lambda *_, **__: time.sleep(4)
+sys.exit(llmbench.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="the exit waits for the resolver's thread, and a task is destroyed in its wait")
+def test_resolver_that_hangs_does_not_hold_up_the_exit(tmp_path):
+    began = time.monotonic()
+    program = [sys.executable, "-c", HANGING_RESOLVER % str(ROOT)]
+    flags = [
+        "--url",
+        "http://slow.invalid",
+        "--total-requests",
+        "1",
+        "--connect-timeout",
+        "0.3",
+        "--token",
+        "sk-1234567",
+    ]
+    result = run(tmp_path / "out", *flags, program=program)
+    assert result.status == 3
+    assert result.stderr == ""
+    assert "host name" in result.records[0]["err"]
+    assert time.monotonic() - began < 3.5
+
+
 @pytest.mark.parametrize(
     "name",
     [

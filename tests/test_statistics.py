@@ -103,7 +103,6 @@ def test_a_histograms_percentiles_are_within_one_percent(shape, n):
     assert made["stdev"] == pytest.approx(exact["stdev"], abs=0.01 * scale + 0.0011)
 
 
-@pytest.mark.xfail(strict=True, reason="deviations of bucket middles are taken from the exact mean, not from their own")
 def test_gaps_that_are_all_the_same_do_not_deviate():
     line = with_gaps(record(), [20.0] * 500)
     assert llmbench.describe_histogram(line["itl_hist"], 10000.0, 20.0, 20.0)["stdev"] == 0
@@ -180,7 +179,6 @@ def test_a_start_at_the_moment_of_an_end_leaves_no_gap():
     assert llmbench.steady_window(rows_of(lines, concurrency=[1])) == (0, 900)
 
 
-@pytest.mark.xfail(strict=True, reason="at one moment starts are counted before ends")
 def test_a_stream_that_goes_on_is_not_taken_for_another_one():
     """The first of two streams ends a request and starts its next at 100; the second joins at 200."""
     lines = [record(0, 10, 100), record(100, 110, 1000), record(200, 210, 1000)]
@@ -206,9 +204,6 @@ def test_the_reason_stands_in_the_summary_instead_of_the_figure():
 
 
 @pytest.mark.parametrize("missing", ["ttfe_ms", "out_tokens"])
-@pytest.mark.xfail(
-    strict=True, reason="a request whose first output or tokens are unknown counts as one without tokens"
-)
 def test_steady_throughput_is_absent_rather_than_too_low(missing):
     """A whole completion (no first output) or a request without usage gives tokens that nobody can place or count."""
     value, reason = llmbench.steady_throughput(rows_of(STREAMS[:2] + without(STREAMS[2:], missing)))
@@ -310,9 +305,6 @@ def test_failures_that_differ_in_numbers_only_are_one_cause(name):
 
 
 @pytest.mark.parametrize("name", WANTED_SAME)
-@pytest.mark.xfail(
-    strict=True, reason="ids of letters and digits stay in the key: each failure becomes a cause of its own"
-)
 def test_failures_that_differ_in_their_id_only_are_one_cause(name):
     assert len({llmbench.error_key(err) for err in WANTED_SAME[name]}) == 1
 

@@ -129,9 +129,6 @@ def test_the_summary_in_a_file_has_no_escape_codes(texts, capsys):
     assert "\x1b" not in shown and "\r" not in shown and "report.html" in shown
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what an endpoint writes into an error or a model's name goes to the terminal raw"
-)
 def test_an_endpoint_cannot_send_escape_codes_to_the_terminal():
     lines = [record(), record(status="http_error", err="HTTP 500: \x1b]0;title\x07\x1b[2J\rgone\x9b31m")]
     shown = "\n".join(lines_of(lines, TEXTS["en"]))

