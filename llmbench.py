@@ -197,6 +197,7 @@ class Record:
     reasoning_tokens: Optional[int] = None
     out_tokens: Optional[int] = None
     out_chars: Optional[int] = None
+    out_crc32: Optional[str] = None
     reasoning_chars: Optional[int] = None
     finish_reason: Optional[str] = None
     reused: Optional[bool] = None
@@ -1161,6 +1162,7 @@ class Decoder:
         self._tail = b""
         self._tail_length = 0
         self._head_length = 0
+        self.crc = 0  # CRC-32 of the generated text so far: answers that share it are the same answer
         self._hits = 0
         self._lessons = 0
 
@@ -1174,6 +1176,7 @@ class Decoder:
             return 0
         self._hits += 1
         text = data[head_length:end]
+        self.crc = zlib.crc32(text, self.crc)
         return len(text) if text.isascii() else len(text.decode("utf-8", "replace"))
 
     def frames(self, event: Event) -> List[Frame]:
@@ -1188,6 +1191,10 @@ class Decoder:
         if len(frames) == 1 and frames[0].kind == "content" and kind == "message":
             self._learn(data, frames[0].text)
         return frames
+
+    def note_text(self, text: str) -> None:
+        """Text that did not come through `plain`, in its order."""
+        self.crc = zlib.crc32(text.encode("utf-8", "replace"), self.crc)
 
     def whole(self, message: Any) -> List[Frame]:
         """Frames of a whole completion, the answer of an endpoint that doesn't stream."""
@@ -1675,6 +1682,9 @@ class Rows:
         self.itl_sum_ms, self.itl_min_ms, self.itl_max_ms = 0.0, math.inf, 0.0
         self.errors: Dict[Tuple[str, str], Dict[str, Any]] = {}
         self.warmup = 0
+        self.compressed = self.not_streamed = self.buffered = self.no_finish = 0
+        self.clocks: Set[str] = set()
+        self._texts = array.array("L")  # CRC-32 of each answer long enough to tell one from another
 
     def __len__(self) -> int:
         return len(self.status)
@@ -1686,8 +1696,11 @@ class Rows:
         for name, column in self.columns.items():
             value = end_ms if name == "end_ms" else record.get(name)
             column.append(NAN if value is None else value)
+        if "clock" in record:
+            self.clocks.add(record["clock"])
         if status == "ok":
             self._add_gaps(record)
+            self._add_traits(record)
         else:
             self._add_error(status, record)
 
@@ -1711,6 +1724,19 @@ class Rows:
             self.itl_min_ms = min(self.itl_min_ms, record["itl_min_ms"])
             self.itl_max_ms = max(self.itl_max_ms, record["itl_max_ms"])
 
+    def _add_traits(self, record: Mapping[str, Any]) -> None:
+        """What an answer says of the endpoint, or of a gateway before it."""
+        self.compressed += "compressed" in record
+        self.not_streamed += record.get("streamed") is False
+        self.buffered += is_buffered(record)
+        self.no_finish += "finish_reason" not in record
+        if record.get("out_chars", 0) >= 20 and "out_crc32" in record:
+            self._texts.append(int(record["out_crc32"], 16))
+
+    def repeated(self) -> int:
+        """Answers that are, to the byte, an answer that another request got."""
+        return len(self._texts) - len(set(self._texts))
+
     def _add_error(self, status: str, record: Mapping[str, Any]) -> None:
         err = record.get("err") or STATUSES.get(status, status)
         key = error_key(err)
@@ -1721,6 +1747,19 @@ class Rows:
         first = record.get("start_ms", record.get("scheduled_ms"))
         if first is not None:
             known["first_ms"] = min(first, known.get("first_ms", first))
+
+
+BURST_BUCKET = log_bucket(0.001)
+
+
+def is_buffered(record: Mapping[str, Any]) -> bool:
+    """Whether an answer was held back and came in a burst: nine tenths of its gaps below 1 ms, in 5 % of its time."""
+    gaps = record.get("itl_hist") or {}
+    count = sum(gaps.values())
+    if count < 8 or "latency_ms" not in record:
+        return False
+    short = sum(number for bucket, number in gaps.items() if int(bucket) <= BURST_BUCKET)
+    return short >= 0.9 * count and record["itl_sum_ms"] < 0.05 * record["latency_ms"]
 
 
 def error_key(err: str) -> str:
@@ -1749,12 +1788,9 @@ class Collector:
         self.audits: List[Dict[str, Any]] = []
         self.end: Optional[Dict[str, Any]] = None
         self.samples: Dict[str, str] = {}
-        self.clocks: Dict[str, int] = {}
-        self.compressed = self.not_streamed = self.probes = self.lines = 0
 
     def add(self, line: Mapping[str, Any]) -> None:
         """One line of the file: header, record, audit or end."""
-        self.lines += 1
         if "run" in line:
             self.header = dict(line["run"])
         elif "audit" in line:
@@ -1770,14 +1806,9 @@ class Collector:
         if rows is None:
             rows = self.stages[stage] = Rows(stage, self._load(stage))
         if record["phase"] != "measure":
-            self.probes += record["phase"] == "probe"
             rows.warmup += record["phase"] == "warmup"
             return
         rows.add(record, self._end_ms(record))
-        if "clock" in record:
-            self.clocks[record["clock"]] = self.clocks.get(record["clock"], 0) + 1
-        self.compressed += "compressed" in record
-        self.not_streamed += record.get("streamed") is False
         for name in ("first_content_raw", "final_frame_raw"):
             if name in record:
                 self.samples.setdefault(name, record[name])
@@ -1905,10 +1936,200 @@ def merge_errors(rows: Sequence[Rows]) -> List[Dict[str, Any]]:
     return sorted(merged.values(), key=lambda error: (-error["count"], error["status"], error["key"]))
 
 
-def summarize_stage(rows: Rows, mode: str) -> Dict[str, Any]:
+def lag_figures(audits: Sequence[Mapping[str, Any]]) -> Optional[Dict[str, Any]]:
+    """How late reads came, over all reads: the audit lines' histograms merged. Mean, min and max are 1 % off too."""
+    merged: Dict[int, int] = {}
+    for audit in audits:
+        for bucket, count in audit.get("lag_hist", {}).items():
+            merged[int(bucket)] = merged.get(int(bucket), 0) + count
+    if not merged:
+        return None
+    total = sum(bucket_ms(bucket) * count for bucket, count in merged.items())
+    return describe_histogram(merged, total, bucket_ms(min(merged)), bucket_ms(max(merged)))
+
+
+def client_block(audits: Sequence[Mapping[str, Any]], rows: Sequence[Rows]) -> Dict[str, Any]:
+    """What the client says of itself: clock, lag of its reads, slack of TTFT, CPU of its busiest process."""
+    block: Dict[str, Any] = {"processes": len({audit.get("part", 0) for audit in audits}) or 1}
+    clocks = set().union(*(stage.clocks for stage in rows))
+    if clocks:
+        block["clock"] = "mixed" if len(clocks) > 1 else clocks.pop()
+    lag = lag_figures(audits)
+    if lag is not None:
+        block["lag_ms"] = lag
+    slacks = [value for stage in rows for value in stage.successful("ttft_slack_ms")]
+    if slacks:
+        block["ttft_slack_ms"] = describe(slacks)
+    if audits:
+        block["cpu_percent"] = max(audit.get("cpu_percent", 0.0) for audit in audits)
+        block["loop_delay_max_ms"] = max(audit.get("loop_delay_max_ms", 0.0) for audit in audits)
+    return block
+
+
+# The verdict. Can the measurement be trusted? INVALID for client causes alone: then the client, not the endpoint, was
+# the limit. CAUTION where a figure has to be read with a reservation. A reason is a key with the values of its text;
+# its words, with what to do about it, stand in the message files under `reason.KEY`, once in each language.
+
+CPU_LIMIT = 90.0  # % of one CPU: a process above it can't be shown to have kept up
+LATE_LIMIT = 1.0  # % of starts that came late by our own delay
+SHARE_LIMIT = 1.0  # % of requests from which on failures, cancellations and odd answers count
+EXHAUSTED = ("too many open files", "no free local port")  # causes of a connect_error that are this host's
+
+
+class Reason(NamedTuple):
+    """Why a verdict is not VALID: the state that it forces, the key of its text, the values in it."""
+
+    state: str
+    key: str
+    values: Dict[str, Any]
+
+
+def lag_limit_ms(ttft_p50: Optional[float]) -> float:
+    """How late the client may have read, at P99: 5 ms, or 5 % of TTFT P50 where that is more."""
+    return max(5.0, 0.05 * (ttft_p50 or 0.0))
+
+
+def part_of(part: float, whole: float) -> float:
+    """part / whole in %; 0 of nothing."""
+    return 100.0 * part / whole if whole else 0.0
+
+
+
+def client_reasons(rows: Rows, stage: Mapping[str, Any]) -> Iterator[Reason]:
+    """What makes a stage INVALID: this host could not keep up."""
+    client = stage["client"]
+    limit = lag_limit_ms((stage.get("ttft_ms") or {}).get("p50"))
+    if client.get("cpu_percent", 0.0) > CPU_LIMIT:
+        more = 2 * client["processes"]
+        yield Reason("INVALID", "cpu", {"cpu": client["cpu_percent"], "limit": CPU_LIMIT, "processes": more})
+    for name in ("lag_ms", "ttft_slack_ms"):
+        late = (client.get(name) or {}).get("p99", 0.0)
+        if late > limit:
+            yield Reason("INVALID", name, {"late": late, "limit": limit})
+    late = client.get("late_percent", 0.0)
+    if late > LATE_LIMIT:
+        yield Reason("INVALID", "late", {"share": late, "limit": limit})
+    exhausted = sum(error["count"] for error in rows.errors.values() if any(text in error["key"] for text in EXHAUSTED))
+    if exhausted:
+        yield Reason("INVALID", "exhausted", {"n": exhausted})
+
+
+def late_percent(rows: Rows, limit: float) -> float:
+    """The share of starts (%) that waited in this client for more than `limit` ms; a stage's first wave is not judged.
+
+    In a closed loop the first wave is due in one moment and can only go out one after the other.
+    """
+    first = min((due for due in rows.columns["scheduled_ms"] if due == due), default=0.0)
+    pairs = zip(rows.columns["queue_ms"], rows.columns["scheduled_ms"])
+    waits = [wait for wait, due in pairs if wait == wait and due > first]
+    return part_of(sum(wait > limit for wait in waits), len(waits))
+
+
+def sample_reasons(rows: Rows, stage: Mapping[str, Any], mode: str) -> Iterator[Reason]:
+    """What a reader has to bear in mind of a stage's figures."""
+    requests = stage["requests"]
+    success, failure = requests["success"], requests["failure"]
+    failed = part_of(failure, success + failure)
+    if failed > SHARE_LIMIT and success:
+        yield Reason("CAUTION", "failures", {"share": failed, "n": success})
+    if part_of(requests["cancelled"], requests["total"]) > SHARE_LIMIT:
+        share = part_of(requests["cancelled"], requests["total"])
+        yield Reason("CAUTION", "cancelled", {"n": requests["cancelled"], "share": share})
+    if requests["dropped"]:
+        yield Reason("CAUTION", "dropped", {"n": requests["dropped"]})
+    if success:
+        limited = limited_names(success)
+        if limited:
+            yield Reason("CAUTION", "few", {"n": success, "names": ", ".join(name.upper() for name in limited)})
+        yield from answer_reasons(rows, success, mode)
+        yield from warmup_reasons(rows)
+
+
+def answer_reasons(rows: Rows, success: int, mode: str) -> Iterator[Reason]:
+    """What the answers of a stage say of the endpoint or of a gateway before it."""
+    traits = {
+        "compressed": rows.compressed,
+        "not_streamed": rows.not_streamed,
+        "buffered": rows.buffered,
+        "no_finish": rows.no_finish,
+        "repeated": rows.repeated(),
+    }
+    for key, count in traits.items():
+        if part_of(count, success) > 1.0:
+            yield Reason("CAUTION", key, {"n": count, "share": part_of(count, success)})
+    if mode != "usage":
+        return
+    missing = success - len(rows.successful("out_tokens"))
+    if missing:
+        yield Reason("CAUTION", "usage_missing", {"n": missing})
+    tokens, chunks = rows.total("out_tokens"), rows.total("chunks")
+    if chunks and missing < success and tokens / chunks > 1.2:
+        yield Reason("CAUTION", "several_tokens", {"tokens": tokens / chunks})
+    cached = part_of(rows.total("cached_tokens"), rows.total("in_tokens"))
+    if cached > 10.0:
+        yield Reason("CAUTION", "cached", {"share": cached})
+
+
+def warmup_reasons(rows: Rows) -> Iterator[Reason]:
+    """A first wave that was much slower than what followed."""
+    ordered = sorted(
+        (start, ttft) for start, ttft, status in zip(rows.columns["start_ms"], rows.columns["ttft_ms"], rows.status)
+        if status == "ok" and ttft == ttft
+    )  # fmt: skip
+    wave = max(5, int(rows.load.get("concurrency", 1)))
+    first, rest = [ttft for _, ttft in ordered[:wave]], [ttft for _, ttft in ordered[wave:]]
+    if len(rest) < 2 * wave:
+        return
+    slow, usual = sorted(first)[len(first) // 2], percentiles(rest)
+    if slow > 1.5 * usual["p50"] and slow > usual["p95"] and slow - usual["p50"] > 5.0:
+        yield Reason("CAUTION", "warmup", {"first": slow, "usual": usual["p50"], "n": len(first)})
+
+
+def run_reasons(end: Optional[Mapping[str, Any]], client: Mapping[str, Any]) -> Iterator[Reason]:
+    """What concerns the run as a whole."""
+    if end is None:
+        yield Reason("CAUTION", "cut_off", {})
+    elif end.get("reason", "done") != "done":
+        yield Reason("CAUTION", "ended_early", {"reason": end["reason"]})
+    lag = (client.get("lag_ms") or {}).get("p99", 0.0)
+    if client.get("clock", "kernel") != "kernel" and lag > 1.0:
+        yield Reason("CAUTION", "clock", {"lag": lag})
+
+
+def judge(summary: Mapping[str, Any], rows: Sequence[Rows]) -> Dict[str, Any]:
+    """The verdict: `{state, reasons: [{state, key, values, streams}]}`; streams: of which stages, among several.
+
+    A reason that several stages give stands once, with the values of the stage where it is worst.
+    """
+    found: Dict[Tuple[str, str], List[Tuple[Reason, int]]] = {}
+    for reason in run_reasons(summary.get("end"), summary["client"]):
+        found[reason.state, reason.key] = [(reason, 0)]
+    for stage, stage_rows in zip(summary["stages"], rows):
+        reasons = [*client_reasons(stage_rows, stage), *sample_reasons(stage_rows, stage, summary["tokens"]["mode"])]
+        for reason in reasons:
+            found.setdefault((reason.state, reason.key), []).append((reason, stage["load"].get("concurrency", 0)))
+    entries = []
+    for (state, key), given in sorted(found.items(), key=lambda item: item[0][0] != "INVALID"):
+        worst = max((reason for reason, _ in given), key=badness)
+        entry: Dict[str, Any] = {"state": state, "key": key, "values": rounded(worst.values)}
+        if len(rows) > 1 and given[0][1]:
+            entry["streams"] = [streams for _, streams in given]
+        entries.append(entry)
+    states = {state for state, _ in found}
+    return {"state": "INVALID" if "INVALID" in states else "CAUTION" if states else "VALID", "reasons": entries}
+
+
+def badness(reason: Reason) -> List[float]:
+    """What orders one reason's values from mild to bad: its shares and times."""
+    return [value for value in reason.values.values() if isinstance(value, float)]
+
+
+def summarize_stage(rows: Rows, mode: str, audits: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
     """The figures of one stage; the same keys stand at the top of summary.json when there is only one."""
     wall = wall_ms(rows)
-    block: Dict[str, Any] = {"wall_time_ms": round(wall, 4), "requests": count_requests([rows])}
+    block: Dict[str, Any] = {"stage": rows.stage, "load": rows.load}
+    block["wall_time_ms"] = round(wall, 4)
+    block["requests"] = count_requests([rows])
     for name in DISTRIBUTIONS:
         block[name] = describe(rows.successful(name))
     block["itl_ms"] = describe_histogram(rows.itl_hist, rows.itl_sum_ms, rows.itl_min_ms, rows.itl_max_ms)
@@ -1916,6 +2137,10 @@ def summarize_stage(rows: Rows, mode: str) -> Dict[str, Any]:
     block["tokens"] = count_tokens([rows], mode)
     block["throughput"] = throughput_of(rows, wall, mode)
     block["errors"] = merge_errors([rows])
+    mine = [audit for audit in audits if audit["stage"] == rows.stage]
+    block["client"] = client_block(mine, [rows])
+    limit = lag_limit_ms((block["ttft_ms"] or {}).get("p50"))
+    block["client"]["late_percent"] = round(late_percent(rows, limit), 4)
     return {key: value for key, value in block.items() if value is not None}
 
 
@@ -1938,34 +2163,13 @@ def throughput_of(rows: Rows, wall: float, mode: str) -> Dict[str, Any]:
     return rounded(block)
 
 
-def client_block(collector: Collector) -> Dict[str, Any]:
-    """What the client says of itself: clock, lag, slack, CPU of its busiest process."""
-    lags = [value for rows in collector.stages.values() for value in rows.columns["lag_ms"] if value == value]
-    slacks = [value for rows in collector.stages.values() for value in rows.successful("ttft_slack_ms")]
-    block: Dict[str, Any] = {"processes": len({audit.get("part", 0) for audit in collector.audits}) or 1}
-    if collector.clocks:
-        block["clock"] = (
-            "kernel"
-            if set(collector.clocks) == {"kernel"}
-            else "user"
-            if set(collector.clocks) == {"user"}
-            else "mixed"
-        )
-    for name, values in (("lag_ms", lags), ("ttft_slack_ms", slacks)):
-        if values:
-            block[name] = describe(values)
-    if collector.audits:
-        block["cpu_percent"] = max(audit.get("cpu_percent", 0.0) for audit in collector.audits)
-    return block
-
-
 def summarize(collector: Collector) -> Dict[str, Any]:
     """summary.json. With several stages the percentiles stand per stage only: pooled they would mean nothing."""
     header = collector.header
     config = header.get("config", {})
     mode = config.get("token_mode", "usage")
     rows = collector.rows()
-    stages = [{"stage": stage.stage, "load": stage.load, **summarize_stage(stage, mode)} for stage in rows]
+    stages = [summarize_stage(stage, mode, collector.audits) for stage in rows]
     summary: Dict[str, Any] = {"schema": 1}
     for key in ("tool_version", "run_id", "provider", "model", "url", "started_at"):
         if header.get(key) is not None:
@@ -1980,9 +2184,11 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     summary["samples"] = collector.samples
     summary["slo"] = []
     summary["stages"] = stages
-    summary["client"] = client_block(collector)
+    summary["client"] = client_block(collector.audits, rows)
+    summary["client"]["late_percent"] = max(stage["client"]["late_percent"] for stage in stages)
     if collector.end is not None:
         summary["end"] = collector.end
+    summary["verdict"] = judge(summary, rows)
     summary["config"] = config
     return summary
 # ==================================================================================================
@@ -2745,6 +2951,7 @@ class Exchange:
     def _note_output(self, frame: Frame, event: Optional[Event], arrived: float) -> None:
         length = len(frame.text)
         self.chars += length
+        self.decoder.note_text(frame.text)
         first = self.output_at is None or (frame.kind == "content" and self.content_at is None)
         if first and arrived == self.arrived:
             self._slack_read, self.slack = self.read, 0.0
@@ -2825,6 +3032,7 @@ class Exchange:
         for frame in self.decoder.whole(parse_json(raw)):
             if frame.kind in OUTPUT_KINDS:
                 self.chars += len(frame.text)
+                self.decoder.note_text(frame.text)
                 self.reasoning_chars += len(frame.text) if frame.kind == "reasoning" else 0
                 self.chunks += 1
             elif frame.kind == "usage" and frame.usage:
@@ -3308,6 +3516,7 @@ class Runner:
             record.chunk_ms = [milliseconds(moment - exchange.start) for moment in exchange.chunk_times]
         if self.config.token_mode != "disabled":
             record.out_chars = exchange.chars
+            record.out_crc32 = "%08x" % exchange.decoder.crc if exchange.chars else None
             record.reasoning_chars = exchange.reasoning_chars or None
         if self.config.token_mode == "usage":
             for key, value in exchange.usage.items():
@@ -3968,8 +4177,17 @@ def reason_text(page: Page, reason: object) -> Text:
         return str(reason)
     if "en" in reason:
         return Both(plain(reason["en"]), plain(reason.get("zh", reason["en"])))
-    key = "reason.%s" % reason.get("key")
-    return page.said(key, **reason.get("values", {})) if key in page.texts[0] else str(reason.get("key"))
+    return Both(*(reason_said(texts, reason) for texts in page.texts))
+
+
+def reason_said(texts: Mapping[str, str], reason: Mapping[str, Any]) -> str:
+    """A reason of the verdict in a language; numbers have the digits that the tables give them."""
+    values = {name: figure(value) if isinstance(value, float) else value for name, value in reason["values"].items()}
+    text = texts["reason." + reason["key"]].format(**values)
+    streams = reason.get("streams")
+    if streams is None:
+        return text
+    return texts["reason.stage"].format(streams=", ".join(map(str, streams)), text=text)
 
 
 def verdict_band(page: Page, summary: Mapping) -> Markup:
@@ -5993,9 +6211,36 @@ def headline_rows(block: Mapping[str, Any], tokens: Mapping[str, Any], texts: Ma
     return rows
 
 
+VERDICT_COLOURS = {"VALID": "green", "CAUTION": "yellow", "INVALID": "red"}
+
+
+def verdict_lines(
+    verdict: Mapping[str, Any], texts: Mapping[str, str], paint: Callable[[str, str], str]
+) -> List[str]:
+    """The verdict with its reasons, each on lines of its own."""
+    state = verdict["state"]
+    word, sentence = texts["verdict." + state.lower()], texts["verdict.%s.text" % state.lower()]
+    lines = [paint(VERDICT_COLOURS[state], word) + "  " + sentence]
+    for reason in verdict["reasons"]:
+        lines += wrapped("- " + reason_said(texts, reason), 110, "  ")
+    return lines
+
+
+def wrapped(text: str, width: int, indent: str) -> List[str]:
+    """A text as lines of at most `width` columns, the later ones indented by two more; CJK text breaks anywhere."""
+    lines, line = [], indent
+    for word in re.findall(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+\s*|\s+", text):
+        if text_width(line + word.rstrip()) > width:
+            lines.append(line.rstrip())
+            line = indent + "  "
+        line += word
+    return [*lines, line.rstrip()]
+
+
 def summary_lines(summary: Mapping[str, Any], texts: Mapping[str, str], paint: Callable[[str, str], str]) -> List[str]:
     """The summary as lines for a terminal."""
     lines = [paint("bold", printable("%s  %s" % (summary.get("model", ""), summary.get("url", ""))))]
+    lines += [""] + verdict_lines(summary["verdict"], texts, paint)
     for stage in summary["stages"]:
         streams = stage["load"].get("concurrency", 1)
         load = texts["terminal.load_one" if streams == 1 else "terminal.load"].format(streams=streams)
@@ -6156,6 +6401,7 @@ class MockOptions:
     done: bool = mock_option(True, "send [DONE]")
     finish: str = mock_option("stop", "finish reason; empty: none")
     text: str = mock_option("tok", "what the tokens look like", ("tok", "zh", "emoji", "ascii"))
+    vary: bool = mock_option(True, "begin each answer with its number, so that no two are the same")
     pad: int = mock_option(0, "bytes added to every token")
     batch: int = mock_option(1, "output frames in one write", lowest=1)
     per_frame: int = mock_option(1, "tokens in one output frame", lowest=1)
@@ -6280,6 +6526,7 @@ class MockPlan:
     inserted: str = ""              # data of an SSE event that comes after the first half
     slow_head: bool = False
     ending: str = "keep"            # a key of MOCK_ENDINGS
+    opening: str = ""               # what the text begins with
 
     @property
     def half(self) -> int:
@@ -6357,7 +6604,8 @@ def mock_text(plan: MockPlan, first: int, last: int) -> str:
     """The text of the output frames from `first` to before `last`."""
     options, alphabet = plan.options, MOCK_TEXTS[plan.options.text]
     numbers = range(first * options.per_frame, min(last * options.per_frame, plan.tokens))
-    return "".join([alphabet[number % len(alphabet)] + "x" * options.pad for number in numbers])
+    opening = plan.opening if first == 0 else ""
+    return opening + "".join([alphabet[number % len(alphabet)] + "x" * options.pad for number in numbers])
 
 
 def mock_tool_call(plan: MockPlan, frame: int) -> Dict[str, Any]:
@@ -6418,6 +6666,8 @@ class MockFrames:
         """One output frame; a plain content frame in the middle of an answer comes from the cache."""
         size = plan.options.per_frame
         plain = frame >= plan.reasoning and not plan.options.tool and (frame + 1) * size <= plan.tokens
+        if plan.opening and frame == 0:
+            plain = False
         if not plain or plan.usage == "every":
             return self.chunk(plan, mock_delta(plan, frame), frame + 1)
         key = (plan.usage, frame * size % len(MOCK_TEXTS[plan.options.text]), size)
@@ -6886,6 +7136,8 @@ class MockServer:
             refusal = MOCK_REFUSALS[fault](headers)
         try:
             plan = plan_answer(self.options, request, truth.get("fault", ""))
+            if self.options.vary:
+                plan = dataclasses.replace(plan, opening="%d." % self.requests)
         except MockRefusal as problem:
             refusal = error_answer(*problem.args, headers=headers)
         if refusal:
@@ -7288,7 +7540,7 @@ def run_parser() -> ArgumentParser:
         prog="llmbench run", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measures a streaming chat endpoint; leaves results.jsonl, results.csv, summary.json, report.html",
         epilog="durations: 500ms, 30s, 5m, 8h, or plain seconds\nexit status: 0 done, 2 usage, 3 no request succeeded, "
-        "5 results could not be written, 130/143 interrupted",
+        "4 the client was the limit (INVALID), 5 results could not be written, 130/143 interrupted",
     )  # fmt: skip
     for flag in RUN_FLAGS:
         spellings = ["--" + flag.name, "-" + flag.name]
@@ -7498,7 +7750,9 @@ class Session:
             return EXIT_WRITE
         if self.signal:
             return 128 + self.signal
-        return EXIT_OK if summary is not None and summary["requests"]["success"] else EXIT_NO_SUCCESS
+        if summary is None or not summary["requests"]["success"]:
+            return EXIT_NO_SUCCESS
+        return EXIT_CLIENT if summary["verdict"]["state"] == "INVALID" else EXIT_OK
 
 
 def print_summary(summary: Mapping[str, Any], texts: Mapping[str, str], directory: str) -> None:
