@@ -2025,7 +2025,7 @@ def late_percent(rows: Rows, limit: float) -> float:
     return part_of(sum(wait > limit for wait in waits), len(waits))
 
 
-def sample_reasons(rows: Rows, stage: Mapping[str, Any], mode: str) -> Iterator[Reason]:
+def sample_reasons(rows: Rows, stage: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[Reason]:
     """What a reader has to bear in mind of a stage's figures."""
     requests = stage["requests"]
     success, failure = requests["success"], requests["failure"]
@@ -2041,23 +2041,23 @@ def sample_reasons(rows: Rows, stage: Mapping[str, Any], mode: str) -> Iterator[
         limited = limited_names(success)
         if limited:
             yield Reason("CAUTION", "few", {"n": success, "names": ", ".join(name.upper() for name in limited)})
-        yield from answer_reasons(rows, success, mode)
+        yield from answer_reasons(rows, success, config)
         yield from warmup_reasons(rows)
 
 
-def answer_reasons(rows: Rows, success: int, mode: str) -> Iterator[Reason]:
+def answer_reasons(rows: Rows, success: int, config: Mapping[str, Any]) -> Iterator[Reason]:
     """What the answers of a stage say of the endpoint or of a gateway before it."""
     traits = {
         "compressed": rows.compressed,
         "not_streamed": rows.not_streamed,
         "buffered": rows.buffered,
         "no_finish": rows.no_finish,
-        "repeated": rows.repeated(),
+        "repeated": rows.repeated() if config.get("unique", True) else 0,  # else the same prompt may come again
     }
     for key, count in traits.items():
         if part_of(count, success) > 1.0:
             yield Reason("CAUTION", key, {"n": count, "share": part_of(count, success)})
-    if mode != "usage":
+    if config.get("token_mode", "usage") != "usage":
         return
     missing = success - len(rows.successful("out_tokens"))
     if missing:
@@ -2105,7 +2105,7 @@ def judge(summary: Mapping[str, Any], rows: Sequence[Rows]) -> Dict[str, Any]:
     for reason in run_reasons(summary.get("end"), summary["client"]):
         found[reason.state, reason.key] = [(reason, 0)]
     for stage, stage_rows in zip(summary["stages"], rows):
-        reasons = [*client_reasons(stage_rows, stage), *sample_reasons(stage_rows, stage, summary["tokens"]["mode"])]
+        reasons = [*client_reasons(stage_rows, stage), *sample_reasons(stage_rows, stage, summary["config"])]
         for reason in reasons:
             found.setdefault((reason.state, reason.key), []).append((reason, stage["load"].get("concurrency", 0)))
     entries = []
@@ -2188,8 +2188,8 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     summary["client"]["late_percent"] = max(stage["client"]["late_percent"] for stage in stages)
     if collector.end is not None:
         summary["end"] = collector.end
-    summary["verdict"] = judge(summary, rows)
     summary["config"] = config
+    summary["verdict"] = judge(summary, rows)
     return summary
 # ==================================================================================================
 # 7. Load: which request belongs to which part, and at what load
