@@ -6222,7 +6222,7 @@ def verdict_lines(
     word, sentence = texts["verdict." + state.lower()], texts["verdict.%s.text" % state.lower()]
     lines = [paint(VERDICT_COLOURS[state], word) + "  " + sentence]
     for reason in verdict["reasons"]:
-        lines += wrapped("- " + reason_said(texts, reason), 110, "  ")
+        lines += wrapped("- " + reason_said(texts, reason), 98, "  ")
     return lines
 
 

@@ -141,7 +141,7 @@ class Client:
 def serving(query: str = FAST) -> Iterator[str]:
     """The server in a thread of its own, which starts much faster than a process."""
     loop, urls = asyncio.SelectorEventLoop(llmbench.MicrosecondSelector()), queue.Queue()
-    task = loop.create_task(llmbench.serve_mock(llmbench.parse_mock_url("mock:?" + query), "127.0.0.1", 0, urls.put))
+    task = loop.create_task(llmbench.serve_mock(llmbench.parse_mock_url("mock:?vary=0&" + query), "127.0.0.1", 0, urls.put))
 
     def run() -> None:
         with contextlib.suppress(asyncio.CancelledError):
@@ -571,7 +571,7 @@ def test_a_slow_reader_holds_only_itself_up() -> None:
 
 
 def test_a_process_serves_and_ends() -> None:
-    with llmbench.MockProcess(llmbench.mock_flags("mock:?" + FAST + "&keepalive=-1")) as mock:
+    with llmbench.MockProcess(llmbench.mock_flags("mock:?vary=0&" + FAST + "&keepalive=-1")) as mock:
         assert ask(mock.url).text() == TEXT
     assert mock.process.returncode == 0
 

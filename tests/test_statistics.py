@@ -113,14 +113,14 @@ def test_merged_histograms_are_the_histogram_of_all():
     whole = rows_of([with_gaps(record(), gaps)])
     pieces = rows_of([with_gaps(record(start), gaps[start : start + 7]) for start in range(0, 3000, 7)])
     assert pieces.itl_hist == whole.itl_hist
-    blocks = [llmbench.summarize_stage(rows, "usage")["itl_ms"] for rows in (pieces, whole)]
+    blocks = [llmbench.summarize_stage(rows, "usage", [])["itl_ms"] for rows in (pieces, whole)]
     assert blocks[0] == blocks[1]
     assert blocks[0]["n"] == 3000
 
 
 def test_the_gaps_of_a_failed_request_are_in_no_distribution():
     good, bad = with_gaps(record(), [5.0]), with_gaps(record(status="truncated"), [5000.0])
-    assert llmbench.summarize_stage(rows_of([good, bad]), "usage")["itl_ms"]["max"] == 5.0
+    assert llmbench.summarize_stage(rows_of([good, bad]), "usage", [])["itl_ms"]["max"] == 5.0
 
 
 # --- time and throughput, by hand -------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_the_order_of_the_records_changes_no_throughput(order):
 
 
 def test_wall_time_and_whole_throughput():
-    block = llmbench.summarize_stage(rows_of(STREAMS), "usage")
+    block = llmbench.summarize_stage(rows_of(STREAMS), "usage", [])
     assert block["wall_time_ms"] == 3200
     assert block["throughput"] == {
         "rps": round(6 / 3.2, 4), "output_tokens_per_s": round(540 / 3.2, 4), "steady_output_tokens_per_s": 180.0,
@@ -270,7 +270,7 @@ def test_tokens_sum_over_successful_requests():
 
 def test_request_tps_is_the_inverse_of_tpot():
     lines = [record(0, tpot_ms=20.0), record(1, tpot_ms=50.0), record(2, tpot_ms=0.0), record(3)]
-    assert llmbench.summarize_stage(rows_of(lines), "usage")["request_tps"]["mean"] == 35.0
+    assert llmbench.summarize_stage(rows_of(lines), "usage", [])["request_tps"]["mean"] == 35.0
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -417,24 +417,21 @@ def test_a_run_without_success_has_counts_and_no_figures(statuses):
 
 
 def test_the_client_says_what_its_busiest_process_did():
+    late = {llmbench.log_bucket(0.002): 3}
     lines = [
-        {"audit": {"part": 0, "cpu_percent": 12.5}},
-        {"audit": {"part": 1, "cpu_percent": 80.0}},
-        record(lag_ms=2.0),
+        {"audit": {"stage": 0, "part": 0, "cpu_percent": 12.5, "lag_hist": {}}},
+        {"audit": {"stage": 0, "part": 1, "cpu_percent": 80.0, "lag_hist": late}},
+        record(),
     ]
     block = llmbench.summarize(collect(lines))["client"]
-    assert (block["processes"], block["cpu_percent"], block["clock"], block["lag_ms"]["max"]) == (
-        2,
-        80.0,
-        "kernel",
-        2.0,
-    )
+    assert (block["processes"], block["cpu_percent"], block["clock"]) == (2, 80.0, "kernel")
+    assert block["lag_ms"]["n"] == 3 and block["lag_ms"]["p99"] == pytest.approx(2.0, rel=0.01)
 
 
 @pytest.mark.parametrize("clocks,said", [("kernel", "kernel"), ("user", "user"), ("kernel user", "mixed"), ("", None)])
 def test_the_clock_of_a_run(clocks, said):
     lines = [record(clock=clock) for clock in clocks.split()] or [record(clock=None)]
-    assert llmbench.client_block(collect(lines)).get("clock") == said
+    assert llmbench.summarize(collect(lines))["client"].get("clock") == said
 
 
 def test_the_first_samples_are_kept():

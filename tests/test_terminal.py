@@ -363,4 +363,4 @@ def test_the_key_search_finds_what_the_code_says():
     dynamic = [ast.dump(node.slice) for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Subscript)
                and isinstance(node.value, ast.Name) and node.value.id == "texts"
                and any(isinstance(part, ast.BinOp) for part in ast.walk(node.slice))]  # fmt: skip
-    assert len(dynamic) <= 1, dynamic
+    assert len(dynamic) <= 4, dynamic  # statuses of requests, the verdict's word and sentence, its reasons

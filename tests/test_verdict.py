@@ -1,0 +1,169 @@
+"""The verdict: what makes a run INVALID, what calls for CAUTION, and what does neither."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from made_records import collect, record, with_gaps
+
+import llmbench
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = {language: json.loads((ROOT / f"assets/texts/{language}.json").read_text("utf-8")) for language in ("en", "zh")}
+DONE = {"end": {"reason": "done"}}
+
+
+def good(number, **more):
+    """One of many answers in which nothing is odd."""
+    start = number * 10.0
+    made = record(start, start + 100, start + 1000, 21, scheduled_ms=start, request_id="r-%d" % number,
+                  finish_reason="stop", out_crc32="%08x" % number)  # fmt: skip
+    made = with_gaps(made, [45.0] * 20)
+    return {key: value for key, value in {**made, **more}.items() if value is not None}
+
+
+def audit(**more):
+    """The audit line of a process that had little to do."""
+    bucket = llmbench.log_bucket(0.00005)
+    return {"audit": {"stage": 0, "part": 0, "cpu_percent": 20.0, "lag_hist": {bucket: 5000}, **more}}
+
+
+def verdict(lines, **config):
+    """The verdict's state and the keys of its reasons."""
+    judged = llmbench.summarize(collect(lines, **{"concurrency": [1], **config}))["verdict"]
+    for reason in judged["reasons"]:
+        for texts in TEXTS.values():  # each reason has its words in both languages
+            assert "{" not in llmbench.reason_said(texts, reason)
+    return judged["state"], [reason["key"] for reason in judged["reasons"]]
+
+
+def plenty(change=None, share=1.0, n=1000):
+    """A thousand good answers, the first `share` of them changed."""
+    return [good(number, **(change or {} if number < share * n else {})) for number in range(n)]
+
+
+def test_a_run_in_which_nothing_is_odd_is_valid():
+    assert verdict([*plenty(), audit(), DONE]) == ("VALID", [])
+
+
+@pytest.mark.parametrize(
+    "lines,key",
+    [
+        ([*plenty(), audit(cpu_percent=97.0), DONE], "cpu"),
+        ([*plenty(), audit(lag_hist={llmbench.log_bucket(0.038): 100}), DONE], "lag_ms"),
+        ([*plenty({"ttft_slack_ms": 20.0}, 0.02), audit(), DONE], "ttft_slack_ms"),
+        ([*plenty({"queue_ms": 30.0}, 0.03), audit(), DONE], "late"),
+        (
+            [
+                *plenty(),
+                record(1.0, status="connect_error", err="h: too many open files: raise `ulimit -n`"),
+                audit(),
+                DONE,
+            ],
+            "exhausted",
+        ),
+    ],
+)
+def test_the_client_as_the_limit_is_invalid(lines, key):
+    assert verdict(lines) == ("INVALID", [key])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [*plenty(), audit(cpu_percent=89.0), DONE],
+        [*plenty(), audit(lag_hist={llmbench.log_bucket(0.0048): 100}), DONE],
+        [*plenty({"ttft_slack_ms": 20.0}, 0.005), audit(), DONE],
+        [*plenty({"queue_ms": 30.0}, 0.005), audit(), DONE],
+    ],
+)
+def test_below_the_limit_the_client_is_no_reason(lines):
+    assert verdict(lines) == ("VALID", [])
+
+
+def test_the_lag_that_is_allowed_follows_the_ttft():
+    slow = [good(number, ttft_ms=2000.0) for number in range(1000)]
+    assert verdict([*slow, audit(lag_hist={llmbench.log_bucket(0.090): 100}), DONE]) == ("VALID", [])
+    assert verdict([*slow, audit(lag_hist={llmbench.log_bucket(0.110): 100}), DONE]) == ("INVALID", ["lag_ms"])
+
+
+FAILED = record(5.0, status="http_error", err="HTTP 500")
+CANCELLED = record(5.0, status="cancelled", err="interrupted")
+
+
+@pytest.mark.parametrize(
+    "lines,config,key",
+    [
+        ([*plenty(), audit()], {}, "cut_off"),
+        ([*plenty(), audit(), {"end": {"reason": "interrupted by SIGINT"}}], {}, "ended_early"),
+        ([*plenty(n=999), audit(), DONE], {}, "few"),
+        ([*plenty(), *[FAILED] * 11, audit(), DONE], {}, "failures"),
+        ([*plenty(), *[CANCELLED] * 11, audit(), DONE], {}, "cancelled"),
+        ([*plenty(), record(5.0, status="dropped", err="late"), audit(), DONE], {}, "dropped"),
+        ([*plenty({"compressed": "gzip"}), audit(), DONE], {}, "compressed"),
+        ([*plenty({"streamed": False}), audit(), DONE], {}, "not_streamed"),
+        ([*plenty({"itl_hist": {"0": 20}, "itl_sum_ms": 0.4}), audit(), DONE], {}, "buffered"),
+        ([*plenty({"finish_reason": None}, 0.02), audit(), DONE], {}, "no_finish"),
+        ([*plenty({"out_crc32": "0000abcd"}, 0.1), audit(), DONE], {}, "repeated"),
+        ([*plenty({"out_tokens": None}, 0.001), audit(), DONE], {}, "usage_missing"),
+        ([*plenty({"out_tokens": 63}), audit(), DONE], {}, "several_tokens"),
+        ([*plenty({"cached_tokens": 6}), audit(), DONE], {}, "cached"),
+        ([*plenty({"ttft_ms": 400.0}, 0.005), audit(), DONE], {}, "warmup"),
+        (
+            [*plenty({"clock": "user"}, 0.001), audit(lag_hist={llmbench.log_bucket(0.003): 100}), DONE],
+            {},
+            "clock",
+        ),
+    ],
+)
+def test_what_a_reader_must_bear_in_mind_is_caution(lines, config, key):
+    assert verdict(lines, **config) == ("CAUTION", [key])
+
+
+@pytest.mark.parametrize(
+    "lines,config",
+    [
+        ([*plenty(), *[FAILED] * 9, audit(), DONE], {}),
+        ([*plenty({"out_crc32": "0000abcd"}, 0.1), audit(), DONE], {"unique": False}),
+        ([*plenty({"out_crc32": "0000abcd", "out_chars": 5}, 0.1), audit(), DONE], {}),
+        ([*plenty({"out_tokens": None}), audit(), DONE], {"token_mode": "chars"}),
+        ([*plenty({"clock": "user"}), audit(), DONE], {}),
+        ([*plenty({"ttft_ms": 400.0}, 0.5), audit(), DONE], {}),
+        # A quick model after a long prompt: all of it in a twentieth of the time, but not in a burst.
+        ([*plenty({"latency_ms": 4000.0, "itl_sum_ms": 180.0}), audit(), DONE], {}),
+    ],
+)
+def test_what_is_no_reason(lines, config):
+    assert verdict(lines, **config) == ("VALID", [])
+
+
+def test_invalid_comes_first_and_names_every_reason():
+    state, keys = verdict([*plenty(n=100), audit(cpu_percent=99.0)])
+    assert (state, keys) == ("INVALID", ["cpu", "cut_off", "few"])
+
+
+def test_a_reason_of_several_stages_stands_once_with_its_worst_values():
+    lines = []
+    for stage, cpu in enumerate((95.0, 99.0, 20.0)):
+        lines += [good(number, stage=stage) for number in range(1000)]
+        lines.append(audit(stage=stage, cpu_percent=cpu))
+    judged = llmbench.summarize(collect([*lines, DONE], concurrency=[1, 2, 4]))["verdict"]
+    (reason,) = judged["reasons"]
+    assert (reason["key"], reason["values"]["cpu"], reason["streams"]) == ("cpu", 99.0, [1, 2])
+    assert llmbench.reason_said(TEXTS["en"], reason).startswith("1, 2 streams: A client process used 99.0 %")
+
+
+def test_a_run_without_any_success_says_nothing_of_percentiles():
+    assert verdict([*[FAILED] * 30, audit(), DONE]) == ("VALID", [])
+
+
+def test_each_reason_in_the_code_has_its_text_and_each_text_its_reason():
+    tree = ast.parse((ROOT / "llmbench.py").read_text("utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Reason"]
+    named = {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}
+    named |= {"lag_ms", "ttft_slack_ms", "compressed", "not_streamed", "buffered", "no_finish", "repeated"}
+    for texts in TEXTS.values():
+        assert {key[len("reason.") :] for key in texts if key.startswith("reason.")} - {"stage"} == named
