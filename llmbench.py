@@ -63,6 +63,7 @@ from dataclasses import dataclass, field
 from typing import (
     TYPE_CHECKING,
     Any,
+    Awaitable,
     Callable,
     Deque,
     Dict,
@@ -118,6 +119,10 @@ class ParseError(Exception):
 
 class Truncated(Exception):
     """The connection or the body ended before its explicit end; the text says where."""
+
+
+class WriteError(Exception):
+    """Results could not be written; the text says what and why."""
 
 
 class RequestError(Exception):
@@ -388,6 +393,7 @@ class Config:
     record_chunks: bool = False
     seed: int = 0
     out: Optional[str] = None
+    processes: Union[int, str] = "auto"
     progress: str = "auto"
     lang: str = "en"
     run_id: str = ""
@@ -2212,6 +2218,11 @@ class Part(NamedTuple):
     process: int = 0
     processes: int = 1
 
+    def at(self, streams: int) -> Optional["Part"]:
+        """This part in a stage of so many streams, which are never fewer than processes; None: it sits out."""
+        processes = max(1, min(self.processes, streams // self.hosts))
+        return self._replace(processes=processes) if self.process < processes else None
+
     @property
     def number(self) -> int:
         """This part among all parts, j of m."""
@@ -3178,7 +3189,7 @@ class Runner:
 
     def __init__(
         self, config: Config, provider: Provider, endpoint: Endpoint, prompts: Sequence[Prompt], part: Part, poll: Poll,
-        sink: Callable[[Dict[str, Any]], None],
+        sink: Callable[[Dict[str, Any]], None], together: Optional[Callable[[], Awaitable[float]]] = None,
     ) -> None:  # fmt: skip
         self.config = config
         self.provider = provider
@@ -3187,10 +3198,11 @@ class Runner:
         self.part = part
         self.poll = poll
         self.sink = sink
+        self._together = together  # waits for the other parts; gives the moment at which a phase begins
         self.network = Network(endpoint, config, poll)
         self.progress = Progress()
         self.zero = 0.0  # the run's zero on the monotonic clock
-        self.epoch = 0.0  # the same moment in seconds since 1970
+        self.epoch = 0.0  # CLOCK_REALTIME - CLOCK_MONOTONIC, in s
         self.reason = "done"  # why the run ended
         self.stopping = False
         self.lags: Dict[int, int] = {}
@@ -3206,8 +3218,8 @@ class Runner:
 
     async def run(self, stages: Sequence[Stage]) -> None:
         """All stages in order; returns when the last record is written."""
-        self.zero, real = clock(), time.time()
-        self.epoch = real - self.zero
+        self.zero = self.zero or clock()
+        self.epoch = time.time() - clock()
         self._dialect_lock = asyncio.Lock()
         self.progress.stages = len(stages)
         for stage in stages:
@@ -3236,27 +3248,28 @@ class Runner:
     # One stage.
 
     async def _run_stage(self, stage: Stage) -> None:
-        count = streams_of(self.part, stage.concurrency)
-        self._streams = [Stream(number) for number in range(count)]
+        part = self.part.at(stage.concurrency)
+        self._streams = [Stream(number) for number in range(streams_of(part, stage.concurrency) if part else 0)]
         self.lags = {}
         try:
-            if stage.warmup:
-                await self._run_phase(stage, "warmup", indices_of(self.part, 0, stage.warmup))
-            if not self.stopping:
-                last = None if stage.total is None else stage.warmup + stage.total
-                await self._run_phase(stage, "measure", indices_of(self.part, stage.warmup, last))
+            for phase, first, total in (("warmup", 0, stage.warmup), ("measure", stage.warmup, stage.total)):
+                if total != 0 and not self.stopping:
+                    await self._run_phase(stage, phase, part, first, total)
         finally:
             for stream in self._streams:
                 if stream.connection is not None:
                     stream.connection.close()
             await asyncio.sleep(0)  # lets the transports close their sockets
 
-    async def _run_phase(self, stage: Stage, phase: str, indices: Iterator[int]) -> None:
+    async def _run_phase(
+        self, stage: Stage, phase: str, part: Optional[Part], first: int, total: Optional[int]
+    ) -> None:
+        indices = indices_of(part, first, None if total is None else first + total) if part else iter(())
         await self._open_ahead(stage, phase)
         for stream in self._streams:
             stream.job = self._next_job(stage, indices)
         busy = [stream for stream in self._streams if stream.job is not None]
-        began = clock()
+        began = await self._begin_together()
         audit = Audit(began, self.poll) if phase == "measure" else None
         self._show_phase(stage, phase, began)
         deadline = began + stage.duration if stage.duration is not None and phase == "measure" else None
@@ -3270,8 +3283,16 @@ class Runner:
                 stream.task.result()  # type: ignore[union-attr]  # a bug is a traceback
         if grace is not None:
             grace.cancel()
-        if audit is not None:
+        if audit is not None and part is not None:
             self.sink({"audit": audit.finish(clock(), stage.index, self.part.number, self.progress.done, self.lags)})
+
+    async def _begin_together(self) -> float:
+        """The moment at which a phase begins: now, or with other parts when all of them are ready."""
+        if self._together is None:
+            return clock()
+        began = await self._together()
+        await asyncio.sleep(max(0.0, began - clock()))
+        return began
 
     def _end_at(self, deadline: Optional[float]) -> Optional[asyncio.TimerHandle]:
         """Arranges that what is still in flight at the end of the grace is cancelled."""
@@ -3282,9 +3303,10 @@ class Runner:
 
     def _show_phase(self, stage: Stage, phase: str, began: float) -> None:
         total = stage.warmup if phase == "warmup" else stage.total
-        share = (
-            None if total is None else sum(1 for _ in indices_of(self.part, 0, total)) if self.part.parts > 1 else total
-        )
+        part = self.part.at(stage.concurrency)
+        share = total
+        if total is not None and self.part.parts > 1:
+            share = sum(1 for _ in indices_of(part, 0, total)) if part is not None else 0
         fresh = Progress(stage.index, self.progress.stages, stage.concurrency, phase, share, stage.duration, began)
         fresh.note = self.progress.note
         self.progress.__dict__.update(fresh.__dict__)
@@ -3662,6 +3684,255 @@ def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
     secrets += secret_texts(config.body)
     secrets = [spelling for secret in secrets for spelling in spellings(secret)]
     return sorted((secret for secret in secrets if len(secret) > 3), key=len, reverse=True)
+
+
+# Processes.
+#
+# With several processes each is a part with a loop of its own, which appends its own records. They are
+# kept in step by messages over pipes: a worker says `ready` before each phase and waits for `go` with
+# the moment at which the phase begins (CLOCK_MONOTONIC is the machine's, so they share it). Process and
+# Pipe only: Queue and Pool need /dev/shm, which a locked-down host may lack. The start method is named:
+# fork where there is one, as it costs nothing and needs no import; no thread runs yet when it happens.
+
+HEAD_START = 0.02  # s between `go` and the beginning of a phase: every worker has read it by then
+
+
+class WorkerPlan(NamedTuple):
+    """What a worker process is told: everything that Runner takes, and how to open its sink."""
+
+    config: Config
+    url: str
+    prompts: Sequence[Prompt]
+    part: Part
+    zero: float
+    open_sink: Callable[[], Any]  # gives an object with write(line) and close()
+
+
+class Worker:
+    """A part in a process of its own: a Runner, with the pipe to the process that watches over it."""
+
+    def __init__(self, pipe: Any, plan: WorkerPlan) -> None:
+        self._pipe = pipe
+        self._plan = plan
+        self._go: Optional[asyncio.Future] = None
+
+    def run(self) -> None:
+        """The whole life of the process."""
+        signal.set_wakeup_fd(-1)  # a fork copies the watching process's
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the watching process gets Ctrl-C too and tells us
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        plan = self._plan
+        self._loop, poll = new_loop()
+        sink = plan.open_sink()
+        provider = make_provider(plan.config)
+        endpoint = parse_url(plan.url, provider)
+        self._runner = runner = Runner(
+            plan.config, provider, endpoint, plan.prompts, plan.part, poll, sink.write, self._together
+        )
+        runner.zero = plan.zero
+        self._loop.add_reader(self._pipe.fileno(), self._receive)
+        self._report_progress()
+        gc.freeze()
+        try:
+            self._loop.run_until_complete(runner.run(plan_stages(plan.config)))
+            self._send("progress", vars(runner.progress))
+            self._send("end", {"notes": provider.dialect.notes})
+        except WriteError as error:
+            self._send("unwritten", str(error))
+            self._send("end", {"notes": []})
+        finally:
+            sink.close()
+
+    async def _together(self) -> float:
+        """Waits until every worker is ready; returns when the phase begins."""
+        self._go = self._loop.create_future()
+        self._send("ready", None)
+        return await self._go
+
+    def _receive(self) -> None:
+        try:
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError):  # the watching process is gone: nobody would write the report
+            self._loop.remove_reader(self._pipe.fileno())
+            self._runner.stop("the watching process ended", 0.0)
+            kind, value = "go", clock()
+        if kind == "stop":
+            self._runner.stop(value[0], value[1])
+        elif kind == "cancel":
+            self._runner.cancel(value)
+        if kind in ("go", "stop") and self._go is not None and not self._go.done():
+            self._go.set_result(value if kind == "go" else clock())
+
+    def _report_progress(self) -> None:
+        self._send("progress", vars(self._runner.progress))
+        if self._runner.stopping:
+            self._send("stopping", self._runner.reason)
+        self._loop.call_later(0.25, self._report_progress)
+
+    def _send(self, kind: str, value: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.send((kind, value))
+
+
+def work(pipe: Any, plan: WorkerPlan, inherited: Sequence[Any]) -> None:
+    """The target of a worker process. `inherited`: pipe ends that a fork copied; held open they hide an end."""
+    for end in inherited:
+        end.close()
+    Worker(pipe, plan).run()
+
+
+def start_method() -> str:
+    """How workers are started: fork costs nothing and needs no import; on macOS it is not safe, elsewhere absent."""
+    return "fork" if sys.platform.startswith("linux") else "spawn"
+
+
+class Crew:
+    """Watches over the worker processes of a run: starts them, keeps them in step, adds up their progress."""
+
+    def __init__(self, plans: Sequence[WorkerPlan], progress: Progress) -> None:
+        self._plans = plans
+        self.progress = progress
+        self.reason = "done"
+        self.notes: List[str] = []
+        self._stopped = False
+        self._pipes: Dict[int, Any] = {}
+        self._processes: Dict[int, Any] = {}
+        self._ready: Set[int] = set()
+        self._ended: Set[int] = set()
+        self._shares: Dict[int, Dict[str, Any]] = {}
+        self._unwritten = ""
+
+    def start(self) -> None:
+        """Starts the workers: before any thread runs and before this process handles signals."""
+        import multiprocessing
+
+        context = multiprocessing.get_context(start_method())
+        for number, plan in enumerate(self._plans):
+            ours, theirs = context.Pipe()
+            self._pipes[number] = ours
+            inherited = list(self._pipes.values()) if context.get_start_method() == "fork" else []
+            process = context.Process(target=work, args=(theirs, plan, inherited), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes[number] = process
+
+    async def run(self) -> None:
+        """Returns when every worker has ended; raises WriteError when one could not write."""
+        loop = asyncio.get_event_loop()
+        self._over = loop.create_future()
+        for number, pipe in self._pipes.items():
+            loop.add_reader(pipe.fileno(), self._receive, number)
+        await self._over
+        for process in self._processes.values():
+            process.join(5.0)
+        if self._unwritten:
+            raise WriteError(self._unwritten)
+
+    def stop(self, reason: str, patience: Optional[float] = LINGER) -> None:
+        """As Runner.stop, in every worker."""
+        if not self._stopped:
+            self._stopped, self.reason = True, reason
+            self._broadcast("stop", (reason, patience))
+
+    def cancel(self, why: str) -> None:
+        """As Runner.cancel, in every worker."""
+        self._broadcast("cancel", why)
+
+    def _broadcast(self, kind: str, value: Any) -> None:
+        for pipe in self._pipes.values():
+            with contextlib.suppress(OSError):
+                pipe.send((kind, value))
+
+    def _receive(self, number: int) -> None:
+        try:
+            kind, value = self._pipes[number].recv()
+        except (EOFError, OSError):
+            self._lose(number)
+            return
+        if kind == "ready":
+            self._ready.add(number)
+        elif kind == "progress":
+            self._shares[number] = value
+            self._add_up()
+        elif kind == "stopping":
+            self.stop(value)
+        elif kind == "unwritten":
+            self._unwritten = value
+            self.stop("results could not be written", 0.0)
+        elif kind == "end":
+            self._ended.add(number)
+            self.notes += [note for note in value["notes"] if note not in self.notes]
+        self._go_on()
+
+    def _lose(self, number: int) -> None:
+        """A pipe ended: well when the worker had said so, else it was killed or failed."""
+        asyncio.get_event_loop().remove_reader(self._pipes[number].fileno())
+        self._pipes.pop(number).close()
+        if number not in self._ended:
+            self._ended.add(number)
+            process = self._processes[number]
+            process.join(1.0)
+            code = process.exitcode
+            killed = code is not None and code < 0
+            how = "was killed by signal %d" % -code if killed else "failed (exit status %s)" % code
+            self.stop("worker process %d %s" % (number, how))
+        if not self._pipes:
+            self._over.set_result(None)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        waiting = self._ready - self._ended
+        if waiting and (waiting | self._ended) >= set(self._processes):
+            self._ready.clear()
+            begin = clock() + HEAD_START
+            for number in waiting:
+                with contextlib.suppress(OSError):
+                    self._pipes[number].send(("go", begin))
+
+    def _add_up(self) -> None:
+        phase = max((share["stage"], share["phase"] == "measure") for share in self._shares.values())
+        shares = [share for share in self._shares.values() if (share["stage"], share["phase"] == "measure") == phase]
+        total = dict(shares[0])
+        for name in ("done", "ok", "failed", "in_flight", "tokens", "chars"):
+            total[name] = sum(share[name] for share in shares)
+        totals = [share["total"] for share in shares]
+        total["total"] = None if None in totals else sum(totals)
+        total["ttft"] = {}
+        for share in shares:
+            for bucket, count in share["ttft"].items():
+                total["ttft"][bucket] = total["ttft"].get(bucket, 0) + count
+        self.progress.__dict__.update(total)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity and its cgroup's quota, at least 1."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return max(1, min(count, int(quota))) if quota else count
+
+
+def cpu_quota() -> Optional[float]:
+    """The cgroup's CPU quota in CPUs; None where there is none."""
+    for read in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        words: List[str] = []
+        for name in read:
+            try:
+                with open("/sys/fs/cgroup/" + name, encoding="ascii") as file:
+                    words += file.read().split()
+            except (OSError, UnicodeDecodeError):
+                break
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            return float(words[0]) / float(words[1])
+    return None
+
+
+def choose_processes(wanted: Union[int, str], streams: int) -> int:
+    """Worker processes for `--processes N|auto`: never more than streams; auto is 1 below 128 streams."""
+    if wanted == "auto":
+        return 1 if streams < 128 else max(1, min(usable_cpus(), streams // 64))
+    return max(1, min(int(wanted), streams))
+
+
 # ==================================================================================================
 # 10. Report: a summary and its rows to one offline page
 # ==================================================================================================
@@ -5761,10 +6032,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 CSV_LEFT_OUT = frozenset(("itl_hist", "chunk_ms", "first_content_raw", "final_frame_raw", "error_raw"))
 
 
-class WriteError(Exception):
-    """Results could not be written; the text says what and why."""
-
-
 def read_asset(name: str) -> bytes:
     """A file of assets/, from the checkout or out of the archive."""
     loader = getattr(globals().get("__spec__"), "loader", None)
@@ -7400,6 +7667,11 @@ def read_counts(text: str) -> List[int]:
     return [read_count(1)(part) for part in text.split(",")]
 
 
+def read_processes(text: str) -> Union[int, str]:
+    """`auto`, or a whole number."""
+    return text if text == "auto" else read_count(1)(text)
+
+
 def read_choice(*choices: str) -> Callable[[str], str]:
     """A reader of one of these words."""
 
@@ -7479,6 +7751,8 @@ RUN_FLAGS = (
     Flag("record-chunks", None, "", "off", "keep every output frame's time in the record, as chunk_ms"),
     Flag("out", str, "DIR", "llmbench-MODEL-TIME", "where the four files go; never overwrites results"),
     Flag("seed", read_count(0), "N", "0", "everything random, save the unique prefixes"),
+    Flag("processes", read_processes, "N", "auto",
+         "worker processes; auto: 1 below 128 streams, else min(usable CPUs, streams // 64)"),
     Flag("progress", read_choice("auto", "bar", "lines", "none"), "MODE", "auto", "bar on a terminal, lines elsewhere"),
     Flag("lang", read_choice("en", "zh"), "LANG", "from the locale", "language of terminal and report: en or zh"),
 )  # fmt: skip
@@ -7570,6 +7844,7 @@ def read_config(words: Sequence[str]) -> Config:
     config = Config(**given)
     if "lang" not in given:
         config.lang = language_of_locale()
+    config.processes = choose_processes(config.processes, max(config.concurrency))
     config.token = read_secret(given["token"], "--token") if "token" in given else default_token(config.url)
     config.run_id = binascii.hexlify(os.urandom(4)).decode("ascii")
     return config
@@ -7667,6 +7942,7 @@ class Session:
         self.words = words
         self.provider = make_provider(config)
         self.endpoint = parse_url(url, self.provider)
+        self.endpoint_url = url
         self.texts = load_texts(assets, config.lang)
         self.signal = 0
         self.loop, self.poll = new_loop()
@@ -7679,6 +7955,8 @@ class Session:
             network = Network(self.endpoint, config, self.poll)
             if not config.model:
                 config.model = self.loop.run_until_complete(first_model(self.provider, self.endpoint, network))
+                if hasattr(self.loop, "shutdown_default_executor"):  # a process is best forked without threads
+                    self.loop.run_until_complete(self.loop.shutdown_default_executor())
             started = time.time()
             directory = config.out or default_directory(config.model, started)
             check_directory(directory)
@@ -7704,10 +7982,10 @@ class Session:
                     ),
                 }
             )
-            runner = self._drive(writer)
-            end: Dict[str, Any] = {"reason": runner.reason, "ended_at": iso_time(time.time())}
-            if self.provider.dialect.notes:
-                end["dialect"] = self.provider.dialect.notes
+            reason, notes = self._drive(writer, directory)
+            end: Dict[str, Any] = {"reason": reason, "ended_at": iso_time(time.time())}
+            if notes:
+                end["dialect"] = notes
             writer.write({"end": end})
         except WriteError as error:
             failure = str(error)
@@ -7715,24 +7993,48 @@ class Session:
             writer.close()
         return self._conclude(directory, failure)
 
-    def _drive(self, writer: ResultsWriter) -> Runner:
-        """The measurement itself, with signals and progress around it."""
-        runner = Runner(self.config, self.provider, self.endpoint, self.prompts, Part(), self.poll, writer.write)
+    def _drive(self, writer: ResultsWriter, directory: str) -> Tuple[str, List[str]]:
+        """The measurement itself, with signals and progress around it: why it ended, and what the run says of it."""
+        progress = Progress()
+        measuring: Union[Runner, Crew]
+        if self.config.processes == 1:
+            measuring = Runner(self.config, self.provider, self.endpoint, self.prompts, Part(), self.poll, writer.write)
+            measuring.progress = progress
+            work = measuring.run(plan_stages(self.config))
+        else:
+            measuring = Crew(self._worker_plans(directory), progress)
+            measuring.start()
+            work = measuring.run()
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.loop.add_signal_handler(number, self._interrupt, runner, number)
+            self.loop.add_signal_handler(number, self._interrupt, measuring, number)
         gc.collect()
         gc.freeze()  # what start-up made is not looked at again during the run
-        with ProgressPrinter(self.config.progress, sys.stderr, runner.progress, self.texts):
-            self.loop.run_until_complete(runner.run(plan_stages(self.config)))
-        return runner
+        with ProgressPrinter(self.config.progress, sys.stderr, progress, self.texts):
+            self.loop.run_until_complete(work)
+        return measuring.reason, self.provider.dialect.notes if isinstance(measuring, Runner) else measuring.notes
 
-    def _interrupt(self, runner: Runner, number: int) -> None:
+    def _worker_plans(self, directory: str) -> List[WorkerPlan]:
+        """One plan for each worker process."""
+        count, zero = int(self.config.processes), clock()
+        return [
+            WorkerPlan(
+                self.config,
+                self.endpoint_url,
+                self.prompts,
+                Part(process=number, processes=count),
+                zero,
+                functools.partial(ResultsWriter, directory),
+            )
+            for number in range(count)
+        ]
+
+    def _interrupt(self, measuring: Union[Runner, Crew], number: int) -> None:
         """The first signal stops the run gently, the second at once."""
         if self.signal:
-            runner.cancel("interrupted twice")
+            measuring.cancel("interrupted twice")
             return
         self.signal = number
-        runner.stop("interrupted by " + signal.Signals(number).name)
+        measuring.stop("interrupted by " + signal.Signals(number).name)
 
     def _conclude(self, directory: str, failure: str) -> int:
         """Summary, report and the exit status."""
