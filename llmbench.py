@@ -2169,6 +2169,12 @@ def throughput_of(rows: Rows, wall: float, mode: str) -> Dict[str, Any]:
     return rounded(block)
 
 
+def noise_floor(selftest: Mapping[str, Any], streams: int) -> Dict[str, Any]:
+    """What an earlier selftest of this host found at the level next to a run's: `{streams, first_p99_ms, at}`."""
+    level = min(selftest["errors"], key=lambda error: abs(math.log(error["streams"] / streams)))
+    return {"streams": level["streams"], "first_p99_ms": level["first_ms"]["p99"], "at": selftest.get("at", "")}
+
+
 def summarize(collector: Collector) -> Dict[str, Any]:
     """summary.json. With several stages the percentiles stand per stage only: pooled they would mean nothing."""
     header = collector.header
@@ -2191,6 +2197,9 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     summary["slo"] = []
     summary["stages"] = stages
     summary["client"] = client_block(collector.audits, rows)
+    if "selftest" in header:
+        streams = max(int(stage.load["concurrency"]) for stage in rows)
+        summary["client"]["selftest"] = noise_floor(header["selftest"], streams)
     summary["client"]["late_percent"] = max(stage["client"]["late_percent"] for stage in stages)
     if collector.end is not None:
         summary["end"] = collector.end
@@ -5743,6 +5752,10 @@ def client_table(page: Page, summary: Mapping, stages: Sequence[StageView], end:
             limit_text = measured_as(page, limit, check.unit) if limit is not None else ""
             rows.append(client_row(page.said(check.title), limit_text, measured_as(page, value, check.unit),
                                    value <= limit if limit is not None else None))
+    floor = client.get("selftest")
+    if floor:
+        title = page.said("client.floor", streams=floor["streams"])
+        rows.append(client_row(title, "", measured_as(page, floor["first_p99_ms"], "ms"), None))
     dropped = sum(stage.requests.get("dropped", 0) for stage in stages)
     if any("rps" in stage.rows.load for stage in stages):
         rows.append(client_row(page.said("client.dropped"), "0", count(dropped), not dropped))
@@ -6549,6 +6562,28 @@ def summary_notes(summary: Mapping[str, Any], texts: Mapping[str, str], paint: C
         if len(summary["errors"]) > 5:
             lines.append("  " + texts["terminal.more_failures"].format(n=len(summary["errors"]) - 5))
     return lines
+def selftest_lines(result: Mapping[str, Any], texts: Mapping[str, str]) -> List[str]:
+    """The selftest's result as two tables: the client's own error, and how much it can take in."""
+    first, end = texts["terminal.selftest.first"] + " P50", texts["terminal.selftest.end"] + " P50"
+    rows = [["", first, "P99", end, "P99", "CPU", "n"]]
+    for level in result["errors"]:
+        key = "terminal.load_one" if level["streams"] == 1 else "terminal.load"
+        row = [texts[key].format(streams=level["streams"])]
+        for name in ("first_ms", "end_ms"):
+            figures = level[name]
+            row += ["%.3f ms%s" % (figures[key], "†" if key in figures["limited"] else "") for key in ("p50", "p99")]
+        rows.append([*row, "%.0f %%" % level["cpu_percent"], "{:,}".format(level["n"])])
+    capacity = [["", texts["terminal.selftest.events"], "CPU"]]
+    for entry in result["capacity"]:
+        name = texts["terminal.selftest.processes"].format(n=entry["processes"])
+        capacity.append([name, "{:,}".format(entry["events_per_s"]), "%.0f %%" % entry["cpu_percent"]])
+    lines = [texts["terminal.selftest.error"], *("  " + line for line in align(rows))]
+    lines += ["", texts["terminal.selftest.capacity"], *("  " + line for line in align(capacity))]
+    if any(entry["cpu_percent"] < 85 for entry in result["capacity"]):
+        lines.append("  " + texts["terminal.selftest.mock"])
+    return lines
+
+
 # ==================================================================================================
 # 13. Mock: a streaming chat server whose every pause is known
 # ==================================================================================================
@@ -7621,6 +7656,119 @@ async def first_model(provider: Provider, endpoint: Endpoint, network: Network) 
         return str(models[0]["id"])
     except (ParseError, LookupError, TypeError):
         raise UserError("GET %s (HTTP %d) lists no model; give --model" % (target, head.status)) from None
+# What this host can measure. `selftest` runs against the built-in mock, which writes down when it sent
+# what; the error is the client's time of the first content, or of the end, less the server's time of
+# writing it, both on this machine's monotonic clock. So it holds the way through the loopback too.
+
+
+class Level(NamedTuple):
+    """A load of the selftest: streams, requests, and the mock's pauses."""
+
+    streams: int
+    requests: int
+    mock: str
+
+
+SELFTEST_LEVELS = (
+    Level(1, 40, "mock:?ttft=50&itl=10&tokens=10"),
+    Level(100, 400, "mock:?ttft=300&itl=25&tokens=40"),
+    Level(1000, 2000, "mock:?ttft=800&itl=100&tokens=20"),
+)
+FLOOD = Level(32, 256, "mock:?ttft=0&itl=0&tokens=2000&batch=100")  # as fast as the mock can write
+SELFTEST_FILE = "llmbench-selftest.json"
+
+
+def selftest_config(level: Level, processes: int) -> Config:
+    """The configuration that runs a level."""
+    config = Config(model="mock", concurrency=[level.streams], total_requests=level.requests, timeout=60.0)
+    config.run_id, config.processes = binascii.hexlify(os.urandom(4)).decode("ascii"), processes
+    return config
+
+
+def measure_error(level: Level, prompts: Sequence[Prompt]) -> Dict[str, Any]:
+    """How late the client takes first contents and ends at a level: `{streams, n, first_ms, end_ms, cpu_percent}`."""
+    loop, poll = new_loop()
+    lines: List[Dict[str, Any]] = []
+    try:
+        with MockProcess(mock_flags(level.mock)) as mock:
+            config = selftest_config(level, 1)
+            provider = make_provider(config)
+            endpoint = parse_url(mock.url, provider)
+            runner = Runner(config, provider, endpoint, prompts, Part(), poll, lines.append)
+            loop.run_until_complete(runner.run(plan_stages(config)))
+            question = encode_request("GET", "/mock/truth", [("Host", endpoint.authority), ("Connection", "close")])
+            _, body = loop.run_until_complete(fetch(Network(endpoint, config, poll), question, 30.0))
+    finally:
+        loop.close()
+    truth = {item["request_id"]: item for item in map(json.loads, body.decode("utf-8").strip().split("\n"))}
+    audit = next(line["audit"] for line in lines if "audit" in line)
+    done = [line for line in lines if line.get("status") == "ok"]
+    begun = [(line, truth[line["request_id"]], runner.zero * 1000.0 + line["start_ms"]) for line in done]
+    return {
+        "streams": level.streams,
+        "n": len(done),
+        "first_ms": describe([start + line["ttft_ms"] - sent["first"] * 1000.0 for line, sent, start in begun]),
+        "end_ms": describe([start + line["latency_ms"] - sent["end"] * 1000.0 for line, sent, start in begun]),
+        "cpu_percent": audit["cpu_percent"],
+    }
+
+
+def measure_capacity(processes: int, prompts: Sequence[Prompt]) -> Dict[str, Any]:
+    """Events a second that so many processes take in: `{processes, events_per_s, cpu_percent}` (of the busiest)."""
+    import tempfile
+
+    loop, _ = new_loop()
+    config = selftest_config(FLOOD, processes)
+    try:
+        with tempfile.TemporaryDirectory() as directory, MockProcess(mock_flags(FLOOD.mock)) as mock:
+            opener = functools.partial(ResultsWriter, directory)
+            parts = [Part(process=number, processes=processes) for number in range(processes)]
+            plans = [WorkerPlan(config, mock.url, prompts, part, clock(), opener) for part in parts]
+            crew = Crew(plans, Progress())
+            crew.start()
+            loop.run_until_complete(crew.run())
+            lines = list(read_lines(os.path.join(directory, RESULTS), lambda _: None))
+    finally:
+        loop.close()
+    audits = [line["audit"] for line in lines if "audit" in line]
+    events = sum(line.get("chunks", 0) for line in lines)
+    return {
+        "processes": processes,
+        "events_per_s": round(events / max(audit["wall_ms"] for audit in audits) * 1000.0),
+        "cpu_percent": max(audit["cpu_percent"] for audit in audits),
+    }
+
+
+def selftest(prompts: Sequence[Prompt], tell: Callable[[str], None]) -> Dict[str, Any]:
+    """What this host can measure: `{host, tool_version, at, errors: […], capacity: […]}`."""
+    errors = []
+    for level in SELFTEST_LEVELS:
+        tell("selftest: streams: %d" % level.streams)
+        errors.append(measure_error(level, prompts))
+    capacity = []
+    for processes in sorted({1, usable_cpus()}):
+        tell("selftest: capacity, processes: %d" % processes)
+        capacity.append(measure_capacity(processes, prompts))
+    return {
+        "host": socket.gethostname(),
+        "tool_version": __version__,
+        "at": iso_time(time.time()),
+        "errors": errors,
+        "capacity": capacity,
+    }
+
+
+def find_selftest(host: str) -> Optional[Dict[str, Any]]:
+    """The result of an earlier selftest of this host, from the working directory or beside the program."""
+    for directory in (os.getcwd(), os.path.dirname(program_path())):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            with open(os.path.join(directory, SELFTEST_FILE), encoding="utf-8") as file:
+                found = json.load(file)
+            if found["host"] == host and found["errors"]:
+                return found
+    return None
+
+
 # ==================================================================================================
 # 15. Commands: run, report, providers, mock; main()
 # ==================================================================================================
@@ -7974,14 +8122,12 @@ class Session:
             raise UserError("--out %s cannot be written to: %s" % (directory, error.strerror or error)) from None
         failure = ""
         try:
-            writer.write(
-                {
-                    "llmbench": "1",
-                    "run": make_header(
-                        self.config, self.endpoint, len(self.prompts), shown_command(self.words), started
-                    ),
-                }
-            )
+            command = shown_command(self.words)
+            header = make_header(self.config, self.endpoint, len(self.prompts), command, started)
+            earlier = find_selftest(header["host"])
+            if earlier is not None:
+                header["selftest"] = earlier
+            writer.write({"llmbench": "1", "run": header})
             reason, notes = self._drive(writer, directory)
             end: Dict[str, Any] = {"reason": reason, "ended_at": iso_time(time.time())}
             if notes:
@@ -8136,9 +8282,39 @@ def command_mock(words: Sequence[str]) -> int:
     return run_mock(options_from_arguments(given), given.host, given.port, given.stdin_guard)
 
 
+def command_selftest(words: Sequence[str]) -> int:
+    """`selftest`: what this host can measure, found out against the built-in mock; takes about half a minute."""
+    parser = ArgumentParser(prog="llmbench selftest", description=command_selftest.__doc__)
+    parser.add_argument("--out", default=SELFTEST_FILE, metavar="FILE", help="where the result goes; a run quotes it")
+    parser.add_argument("--lang", type=read_argument(FLAGS["lang"]), metavar="LANG", help="language of the terminal")
+    given = parser.parse_all(words)
+    assets = load_assets()
+    texts = load_texts(assets, given.lang or language_of_locale())
+    trouble = raise_file_limit(max(level.streams for level in SELFTEST_LEVELS) + 64)
+    if trouble:
+        raise UserError(trouble)
+    keeper = wake_kernel_stamps()
+    try:
+        result = selftest(parse_workload(assets["prompts/en.txt"], "built-in prompts"), warn)
+    finally:
+        keeper.close()
+    for line in selftest_lines(result, texts):
+        print(line)
+    try:
+        with WholeFile(given.out) as file:
+            json.dump(result, file, indent=2)
+            file.write("\n")
+    except WriteError as error:
+        sys.stderr.write("llmbench: error: %s\n" % error)
+        return EXIT_WRITE
+    print("\n%s  %s" % (texts["terminal.selftest.file"], given.out))
+    return EXIT_OK
+
+
 COMMANDS: Dict[str, Tuple[Callable[[Sequence[str]], int], str]] = {
     "run": (command_run, "the benchmark (the default)"),
     "report": (command_report, "build summary.json, results.csv and report.html again from results.jsonl alone"),
+    "selftest": (command_selftest, "what this host can measure: the tool's own error and capacity"),
     "mock": (command_mock, "the built-in mock LLM server"),
     "providers": (command_providers, "the registered providers and what each expects"),
 }

@@ -1,0 +1,356 @@
+"""What the benchmarks stand on: a server that knows the truth, the clients under test, and a watch on their memory.
+
+Times are ns on CLOCK_MONOTONIC, which all processes of one machine share.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from startup import clean_environment
+
+HERE = Path(__file__).resolve().parent
+RUN_LIMIT = 240  # s: a client that takes longer hangs
+WATCH_PAUSE = 0.05  # s between two looks at a client's memory
+
+
+class BenchError(Exception):
+    """Something did not run."""
+
+
+class Load(NamedTuple):
+    """A load and the server's part in it: streams, requests, and truthserver's ttft, itl (ms) and tokens."""
+
+    streams: int
+    requests: int
+    ttft: float
+    itl: float
+    tokens: int
+
+
+class Truth(NamedTuple):
+    """What the server knows of one request: when it had received it, and when it sent the first content."""
+
+    received: int
+    first: int
+    tokens: int
+
+
+class Seen(NamedTuple):
+    """What a client says of one request."""
+
+    due: int
+    start: int
+    first: int
+    end: int
+    ttft_ms: float
+    slack_ms: float
+
+
+class Outcome(NamedTuple):
+    """One run of a client: CPU and wall time from the first due to the last end, what it saw, and its memory."""
+
+    cpu_s: float
+    wall_s: float
+    seen: Dict[str, Seen]
+    truth: Dict[str, Truth]
+    server_cpu_s: float
+    peak_kb: int
+    summary: Dict[str, Any]
+    drift_us: float
+    watch: Optional["Watch"]
+
+    @property
+    def events(self) -> int:
+        """Content events that the server sent."""
+        return sum(truth.tokens for truth in self.truth.values())
+
+    def both(self) -> List[Tuple[Seen, Truth]]:
+        """What client and server say of each request."""
+        missing = len(self.seen) - len(self.truth.keys() & self.seen.keys())
+        if missing or not self.seen:
+            raise BenchError("%d of %d requests are not in the server's log" % (missing, len(self.seen)))
+        return [(seen, self.truth[request_id]) for request_id, seen in self.seen.items()]
+
+
+# Servers.
+
+
+def build_truthserver(directory: Path) -> Optional[Path]:
+    """The compiled ground-truth server; None without gcc."""
+    target = directory / "truthserver"
+    if shutil.which("gcc") is None:
+        return None
+    command = ["gcc", "-O2", "-o", str(target), str(HERE / "truthserver.c"), "-lm"]
+    if subprocess.run(command, check=False).returncode:
+        return None
+    return target
+
+
+class Server:
+    """A server on loopback for the length of a `with`: truthserver or, without a compiler, the built-in mock."""
+
+    def __init__(self, rig: Rig, load: Load) -> None:
+        self.port = free_port()
+        self.log = rig.fresh("server.log")
+        self.native = rig.truthserver is not None
+        if self.native:
+            self.command = [str(rig.truthserver), str(self.port), "ttft_ms=%g" % load.ttft, "itl_ms=%g" % load.itl]
+            self.command += ["tokens=%d" % load.tokens, "log=%s" % self.log]
+        else:
+            self.command = [rig.python, str(rig.programs[0][1]), "mock", "--port", str(self.port), "--itl"]
+            self.command += [str(load.itl), "--ttft", str(load.ttft), "--tokens", str(load.tokens)]
+            self.command += ["--batch", "64" if not load.itl else "1", "--log", str(self.log)]
+        self.cpu_s = math.nan
+
+    def __enter__(self) -> Server:
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=clean_environment()
+        )
+        deadline = time.monotonic() + 10
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return self
+            time.sleep(0.02)
+        self.process.kill()
+        raise BenchError("the server did not start: " + " ".join(self.command))
+
+    def __exit__(self, *_exception: object) -> None:
+        """Ends it and reads how much CPU it took."""
+        before = process_cpu(self.process.pid)
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            _, said = self.process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            _, said = self.process.communicate()
+        words = dict(word.split("=") for word in said.splitlines()[-1].split() if "=" in word) if self.native else {}
+        self.cpu_s = float(words.get("cpu", before))
+
+    def truth(self) -> Dict[str, Truth]:
+        """Its log, by request id; of a request that was sent twice the last."""
+        lines = self.log.read_text().splitlines()
+        if not self.native:
+            told = [json.loads(line) for line in lines]
+            return {
+                line["request_id"]: Truth(int(line["received"] * 1e9), int(line["first"] * 1e9), line["tokens"])
+                for line in told
+                if "first" in line
+            }
+        fields = [line.rsplit(" ", 5) for line in lines]
+        return {name: Truth(int(received), int(first), int(n)) for name, received, first, _, _, n in fields}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def process_cpu(pid: int) -> float:
+    """User and system seconds of a process so far; NaN when it is gone or there is no /proc."""
+    try:
+        fields = Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.nan
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# Clients.
+
+
+class Watch(threading.Thread):
+    """Looks at a process's memory until it ends: the peak while it measured, the peak of all, and a series."""
+
+    def __init__(self, pid: int, results: Optional[Path] = None) -> None:
+        super().__init__(daemon=True)
+        self.pid = pid
+        self.results = results
+        self.peak_kb = self.measuring_kb = 0
+        self.series: List[Tuple[int, int]] = []  # (size of results.jsonl, resident kB) while it measured
+        self.start()
+
+    def run(self) -> None:
+        """Until the process is gone."""
+        measuring = True
+        while True:
+            try:
+                status = Path("/proc/%d/status" % self.pid).read_text()
+            except OSError:
+                return
+            figures = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Vm")}
+            if "VmHWM" not in figures:  # a zombie has none
+                return
+            size, ended = look_at(self.results)
+            measuring = measuring and not ended  # a peak that was seen together with the end may be the report's
+            self.peak_kb = int(figures["VmHWM"])
+            if measuring:
+                self.measuring_kb = self.peak_kb
+                self.series.append((size, int(figures["VmRSS"])))
+            time.sleep(WATCH_PAUSE)
+
+    def growth(self, requests: int) -> Tuple[float, int, int]:
+        """Bytes a request between the middle and the end of the measurement, and the two sizes in kB."""
+        whole = self.series[-1][0]
+        size, middle = next(sample for sample in self.series if sample[0] >= whole / 2)
+        between = requests * (whole - size) / whole
+        last = self.series[-1][1]
+        return (last - middle) * 1024 / between if between else math.nan, middle, last
+
+
+def look_at(results: Optional[Path]) -> Tuple[int, bool]:
+    """The size of a results.jsonl, and whether its end line is written."""
+    if results is None or not results.exists():
+        return 0, False
+    with results.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 2000))
+        return size, b'\n{"end":' in file.read()
+
+
+def clock_offset() -> int:
+    """CLOCK_REALTIME - CLOCK_MONOTONIC in ns, from the closest of some readings."""
+    readings = []
+    for _ in range(50):
+        before, real, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        readings.append((after - before, real - (before + after) // 2))
+    return min(readings)[1]
+
+
+def nanoseconds(stamp: str) -> int:
+    """An ISO 8601 UTC time of a record, in ns since 1970."""
+    moment = datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc)
+    return int(moment.replace(microsecond=0).timestamp()) * 10**9 + moment.microsecond * 1000
+
+
+def read_records(directory: Path) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+    """The measured requests and the audit lines of a run."""
+    with (directory / "results.jsonl").open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    records = [line for line in lines if line.get("phase") == "measure"]
+    bad = [line for line in records if line["status"] != "ok"]
+    if bad or not records:
+        why = "%s: %s" % (bad[0]["status"], bad[0].get("err")) if bad else "there are none"
+        raise BenchError("%d of %d requests failed; the first: %s" % (len(bad), len(records), why))
+    return records, [line["audit"] for line in lines if "audit" in line]
+
+
+def seen_by_llmbench(records: Sequence[Dict[str, Any]], offset: int) -> Dict[str, Seen]:
+    """The records as moments on CLOCK_MONOTONIC; their distance to it is that of the first content's wall time."""
+    seen = {}
+    for record in records:
+        first = nanoseconds(record["first_content_ts"]) - offset
+        start = first - record["ttft_ms"] * 1e6
+        due = start - record["start_ms"] * 1e6 + record["scheduled_ms"] * 1e6
+        end = start + record["latency_ms"] * 1e6
+        ttft, slack = record["ttft_ms"], record["ttft_slack_ms"]
+        seen[record["request_id"]] = Seen(int(due), int(start), first, int(end), ttft, slack)
+    return seen
+
+
+class Rig:
+    """The directory, the interpreter, the server and the programs of one benchmark."""
+
+    def __init__(self, directory: Path, programs: Sequence[Tuple[str, Path]], python: str, native: bool) -> None:
+        self.directory = directory
+        self.programs = programs
+        self.python = python
+        self.truthserver = build_truthserver(directory) if native else None
+        self._numbers = iter(range(10**9))
+
+    def fresh(self, name: str) -> Path:
+        """A path that nobody used yet."""
+        return self.directory / ("%d-%s" % (next(self._numbers), name))
+
+    def llmbench(
+        self, program: Path, load: Load, *flags: str, watch: bool = False, slow: Sequence[str] = (), pause: Any = None
+    ) -> Outcome:
+        """llmbench on a fresh server. slow: words before the program; pause: what is done to the process as it runs."""
+        out = self.fresh("out")
+        with Server(self, load) as server:
+            command = [self.python, *slow, str(program), "run", "--url", "http://127.0.0.1:%d" % server.port]
+            command += ["--model", "truth", "--concurrency", str(load.streams), "--total-requests", str(load.requests)]
+            command += ["--max-tokens", str(load.tokens), "--out", str(out), "--progress", "none", "--lang", "en"]
+            before = clock_offset()
+            process = subprocess.Popen(
+                command + list(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                env=clean_environment(), stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            watching = Watch(process.pid, out / "results.jsonl") if watch else None
+            if pause is not None:
+                pause(process)
+            finish(process, "llmbench", (0, 4))
+            after = clock_offset()
+        records, audits = read_records(out)
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        seen = seen_by_llmbench(records, (before + after) // 2)
+        cpu = sum(audit["cpu_percent"] * audit["wall_ms"] for audit in audits) / 1e5
+        peak = watching.measuring_kb if watching else 0
+        shutil.rmtree(str(out))
+        drift = (after - before) / 1e3
+        return Outcome(cpu, wall_of(seen), seen, server.truth(), server.cpu_s, peak, summary, drift, watching)
+
+    def bare_loop(self, load: Load) -> Outcome:
+        """The baseline on a fresh server."""
+        with Server(self, load) as server:
+            command = [self.python, str(HERE / "bare_loop.py"), "--port", str(server.port), "--streams"]
+            command += [str(load.streams), "--requests", str(load.requests), "--max-tokens", str(load.tokens)]
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment()
+            )
+            told = json.loads(finish(process, "the bare loop", (0,)))
+        seen = {
+            name: Seen(due, start, first, end, (first - start) / 1e6, 0.0)
+            for name, due, start, first, end in told["requests"]
+        }
+        return Outcome(
+            told["cpu_s"], told["wall_s"], seen, server.truth(), server.cpu_s, told["peak_kb"], {}, 0.0, None
+        )
+
+
+def wall_of(seen: Dict[str, Seen]) -> float:
+    """Seconds from the first due to the last end."""
+    return (max(one.end for one in seen.values()) - min(one.due for one in seen.values())) / 1e9
+
+
+def finish(process: subprocess.Popen, name: str, good: Sequence[int]) -> str:
+    """Waits for a client; its standard output. Raises BenchError when it failed."""
+    try:
+        output, said = process.communicate(timeout=RUN_LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise BenchError("%s took more than %d s" % (name, RUN_LIMIT)) from None
+    if process.returncode not in good:
+        tail = (said or "").strip()[-400:]
+        raise BenchError("%s ended with %d: %s" % (name, process.returncode, tail))
+    return output or ""
+
+
+def quantile(values: Sequence[float], percent: int) -> float:
+    """A percentile, interpolated as everywhere in llmbench."""
+    if len(values) < 2:
+        return values[0] if values else math.nan
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def python_name(python: str) -> str:
+    """What an interpreter calls itself."""
+    if python == sys.executable:
+        return "Python %d.%d.%d" % sys.version_info[:3]
+    return subprocess.run([python, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
