@@ -447,12 +447,28 @@ def redact(text: str, secrets: Sequence[str] = ()) -> str:
     'POST https://***@h/v1?api-key=***&x=2'
     """
     for secret in secrets:
-        if secret:
-            text = text.replace(secret, "***")
+        text = mask(text, secret)
     text = SECRET_IN_AUTHORITY.sub("***@", text)
     for pattern in (SECRET_IN_QUERY, SECRET_IN_FIELD, SECRET_IN_HEADER):
         text = pattern.sub(hide_value, text)
     return SECRET_IN_TEXT.sub(lambda m: m.group(1) + " ***", text)
+
+
+def mask(text: str, secret: str) -> str:
+    """`text` with `***` for the secret, and for its beginning of 8 characters or more, which a cut may have left.
+
+    >>> mask("key sk-123456789 or sk-12345", "sk-123456789")
+    'key *** or ***'
+    """
+    beginning = secret[:8]
+    pieces, end = [], 0
+    start = text.find(beginning) if beginning else -1
+    while start >= 0:
+        pieces += [text[end:start], "***"]
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text[start : start + len(secret)], secret))
+        end = start + sum(1 for _ in alike)
+        start = text.find(beginning, end)
+    return "".join([*pieces, text[end:]])
 
 
 def hide_value(match: Match[str]) -> str:
@@ -2301,6 +2317,7 @@ class StampedSocket(socket.socket):
 
     stamp = 0.0
     reads = 0  # distinguishes one read from the next: TLS may hand out a read in pieces
+    ended = False  # the peer closed its side
 
     def ask_for_stamps(self) -> None:
         """Switches the kernel's stamps on where it has them."""
@@ -2311,16 +2328,19 @@ class StampedSocket(socket.socket):
     def recv(self, size: int, flags: int = 0) -> bytes:
         """As socket.recv, noting the stamp."""
         data, ancillary, _, _ = self.recvmsg(min(size, READ_SIZE), STAMP_SPACE, flags)
-        self._note(ancillary)
+        self._note(len(data), ancillary)
         return data
 
     def recv_into(self, buffer: Any, size: int = 0, flags: int = 0) -> int:
         """As socket.recv_into, noting the stamp."""
         count, ancillary, _, _ = self.recvmsg_into([memoryview(buffer)[:size] if size else buffer], STAMP_SPACE, flags)
-        self._note(ancillary)
+        self._note(count, ancillary)
         return count
 
-    def _note(self, ancillary: Sequence[Tuple[int, int, bytes]]) -> None:
+    def _note(self, size: int, ancillary: Sequence[Tuple[int, int, bytes]]) -> None:
+        if not size:
+            self.ended = True
+            return
         self.reads += 1
         for level, kind, data in ancillary:
             if kind == SO_TIMESTAMPNS and level == socket.SOL_SOCKET and len(data) == STAMP.size:
@@ -2454,7 +2474,8 @@ class Connection(asyncio.Protocol):
                 stamp = self._last if kernel else now
         else:
             stamp = now
-        self._last = stamp
+        if kernel:  # a time of reading is no stamp: what was read late must not make the next stamp look old
+            self._last = stamp
         receiver = self._receiver
         if receiver is None:  # nobody asked: the connection can't be trusted with another request
             self.close()
@@ -2525,6 +2546,33 @@ def describe_tls_error(error: BaseException) -> str:
     return text.lower().replace("_", " ") if text.isupper() else text
 
 
+def resolve(host: str, port: int) -> asyncio.Future:
+    """The addresses of a host, asked for in a thread that does not hold up the exit when the resolver hangs."""
+    loop = asyncio.get_event_loop()
+    addresses = loop.create_future()
+
+    def settle(found: Sequence[Any], error: Optional[Exception]) -> None:
+        if error is not None and not addresses.done():
+            addresses.set_exception(error)
+            addresses.exception()  # nobody may be waiting any more, and asyncio would complain of it
+        elif not addresses.done():
+            addresses.set_result(found)
+
+    def ask() -> None:
+        found, failure = [], None  # type: List[Any], Optional[Exception]
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+        except UnicodeError:  # an empty label, or one of more than 63 letters
+            failure = OSError("not a host name")
+        except OSError as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, found, failure)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return addresses
+
+
 class Network:
     """What the connections of a part share: where to, TLS, time-outs, and the resolved addresses."""
 
@@ -2553,6 +2601,9 @@ class Network:
             sock.close()
             raise
         connection = Connection(sock, writer, self.poll, clock() - began)
+        if sock.ended:  # before `Connection` took over, which so never hears of it
+            connection.close()
+            raise RequestError("truncated", "connection closed before the head")
         if sock.reads and self._tls is None:
             connection.close()
             raise RequestError("parse_error", "the peer spoke before it was asked: not an HTTP server")
@@ -2563,13 +2614,8 @@ class Network:
         if self._lookup is None or (
             self._lookup.done() and (clock() - self._looked_up > 30 or self._lookup.exception())
         ):
-            loop = asyncio.get_event_loop()
             self._looked_up = clock()
-            self._lookup = asyncio.ensure_future(
-                loop.getaddrinfo(
-                    self.endpoint.host, self.endpoint.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-                )
-            )
+            self._lookup = resolve(self.endpoint.host, self.endpoint.port)
         return self._lookup
 
     def _timed_out(self, doing: str) -> RequestError:
@@ -2815,7 +2861,7 @@ class Exchange:
 
     def received(self, data: bytes, stamp: float, now: float, look: float, read: int, kernel: bool) -> None:
         """What one read brought: it arrived at `stamp`, was read at `now`, may have been there since `look`."""
-        self.arrived = stamp
+        stamp = self.arrived = max(stamp, self.arrived)  # nothing arrives before what came ahead of it
         if not kernel:
             self.kernel = False
         if read != self.read:
@@ -3214,6 +3260,7 @@ class Runner:
         self.epoch = 0.0  # CLOCK_REALTIME - CLOCK_MONOTONIC, in s
         self.reason = "done"  # why the run ended
         self.stopping = False
+        self._ending = False  # what was in flight has been cancelled
         self.lags: Dict[int, int] = {}
         self.secrets = secrets_of(config, endpoint)
         self._streams: List[Stream] = []
@@ -3246,8 +3293,9 @@ class Runner:
             asyncio.get_event_loop().call_later(patience, self.cancel, "interrupted")
 
     def cancel(self, why: str) -> None:
-        """Ends what is in flight now, as cancelled."""
+        """Ends what is in flight now, as cancelled; nothing of it is sent again."""
         now = clock()
+        self._ending = True
         for stream in self._streams:
             if stream.exchange is not None:
                 stream.exchange.finish("cancelled", why, now)
@@ -3273,6 +3321,7 @@ class Runner:
     async def _run_phase(
         self, stage: Stage, phase: str, part: Optional[Part], first: int, total: Optional[int]
     ) -> None:
+        self._ending = False
         indices = indices_of(part, first, None if total is None else first + total) if part else iter(())
         await self._open_ahead(stage, phase)
         for stream in self._streams:
@@ -3287,9 +3336,7 @@ class Runner:
         for stream in busy:
             stream.task = loop.create_task(self._keep_busy(stream, stage, phase, indices, began, deadline))
         if busy:
-            await asyncio.wait([stream.task for stream in busy])  # type: ignore[type-var]
-            for stream in busy:
-                stream.task.result()  # type: ignore[union-attr]  # a bug is a traceback
+            await self._wait_for([stream.task for stream in busy])  # type: ignore[misc]
         if grace is not None:
             grace.cancel()
         if audit is not None and part is not None:
@@ -3302,6 +3349,16 @@ class Runner:
         began = await self._together()
         await asyncio.sleep(max(0.0, began - clock()))
         return began
+
+    async def _wait_for(self, tasks: Sequence[asyncio.Task]) -> None:
+        """Until all streams are done. One that fails (a full disk, a bug) ends the others; its exception is raised."""
+        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            self.stop("failed", 0.0)
+            await asyncio.wait(pending)
+        failures = [task.exception() for task in tasks]  # all are asked, or asyncio complains of them
+        for failure in filter(None, failures):
+            raise failure
 
     def _end_at(self, deadline: Optional[float]) -> Optional[asyncio.TimerHandle]:
         """Arranges that what is still in flight at the end of the grace is cancelled."""
@@ -3328,14 +3385,15 @@ class Runner:
             stream for stream in self._streams[:wanted] if stream.connection is None or not stream.connection.open
         ]
         gate = asyncio.Semaphore(64)  # a listener's backlog is often 128
+        failed: List[Stream] = []
 
         async def open_one(stream: Stream) -> None:
             async with gate:
-                if not self.stopping:
+                if not (self.stopping or failed):
                     try:
                         stream.connection = await self.network.open()
                     except RequestError:
-                        stream.connection = None
+                        failed.append(stream)  # the others open theirs when due: time-outs would add up
 
         if missing and not self.stopping:
             self._ahead = asyncio.gather(*(open_one(stream) for stream in missing))
@@ -3404,7 +3462,7 @@ class Runner:
                 record.end_ts = iso_time(clock() + self.epoch)
                 return record
             exchange = attempt.exchange
-            if exchange.dead and attempt.opened is None and not record.retried and not self.stopping:
+            if exchange.dead and attempt.opened is None and not record.retried and not self._closing():
                 record.retried = True
                 continue
             if exchange.status == "http_error" and exchange.reader.head.status == 400:  # type: ignore[union-attr]
@@ -3447,41 +3505,60 @@ class Runner:
             stream.connection = None
         return attempt
 
+    def _closing(self) -> bool:
+        """Whether nothing may be sent any more."""
+        return self.stopping or self._ending
+
     async def _negotiate(self, stage: Stage, job: Job, exchange: Exchange) -> Optional[Job]:
-        """After a 400: the job in the dialect that the endpoint takes, found by one probe; None when that isn't it."""
+        """After a 400: the job in the dialect that the endpoint takes, found by a probe; None when that isn't it."""
         async with self._dialect_lock:  # type: ignore[union-attr]
             dialect = self.provider.dialect
-            if dialect.version == job.version:
-                if self._accepted == job.version or self.stopping:
-                    return None  # it took these fields before: they are not what it refuses
-                candidate = dialect.without(bytes(exchange.whole).decode("utf-8", "replace"))
-                if candidate is None:
-                    return None
-                if not await self._probe(stage, job, candidate):
-                    return None
-                dialect.adopt(candidate)
-                self.progress.note = candidate.notes[-1]
+            if dialect.version == job.version and self._accepted != job.version:
+                candidate = await self._find_dialect(stage, job, bytes(exchange.whole))
+                if candidate is not None:
+                    dialect.adopt(candidate)
+                    self.progress.note = candidate.notes[-1]
+            if dialect.version == job.version or self._closing():
+                return None
         return self._make_job(stage, job.index, job.request_id, self.provider.dialect)
 
-    async def _probe(self, stage: Stage, job: Job, candidate: Dialect) -> bool:
-        """One request in another dialect, recorded in phase `probe`; whether the endpoint took it."""
+    async def _find_dialect(self, stage: Stage, job: Job, refusal: bytes) -> Optional[Dialect]:
+        """Gives up one field after the other, as the refusals name them, until a probe is taken."""
+        candidate: Optional[Dialect] = self.provider.dialect
+        while not self._closing():
+            candidate = candidate.without(refusal.decode("utf-8", "replace"))  # type: ignore[union-attr]
+            probe = await self._probe(stage, job, candidate) if candidate is not None else None
+            if probe is None or probe.reader.head is None:
+                return None
+            if probe.reader.head.status < 300:
+                return candidate
+            if probe.reader.head.status != 400 or bytes(probe.whole) == refusal:
+                return None  # the same words without the field: that isn't it
+            refusal = bytes(probe.whole)
+        return None
+
+    async def _probe(self, stage: Stage, job: Job, candidate: Dialect) -> Optional[Exchange]:
+        """One request in another dialect, recorded in phase `probe`; None when it could not be sent."""
         request_id = "%s-%d-probe-%d" % (self.config.run_id, stage.index, candidate.version)
         probe = self._make_job(stage, job.index, request_id, candidate)
         record = Record(request_id, job.prompt.id, "probe", stage.index, provider=self.provider.name)
-        stream, due = Stream(-1), clock()
+        stream, due, exchange = Stream(-1, task=asyncio.current_task()), clock(), None
         record.scheduled_ms, record.in_bytes = milliseconds(due - self.zero), probe.in_bytes
         self._streams.append(stream)
         try:
             attempt = await self._attempt(stream, probe, due)
+            exchange = attempt.exchange
             self._fill(record, attempt, due)
         except RequestError as error:
             record.status, record.err = error.status, error.args[0]
+        except asyncio.CancelledError:
+            record.status, record.err = "cancelled", "while connecting"
         finally:
             self._streams.remove(stream)
             if stream.connection is not None:
                 stream.connection.close()
         self._finish_record(record)
-        return record.http_status is not None and record.http_status < 300
+        return exchange
 
     # The record.
 
@@ -3571,10 +3648,10 @@ class Runner:
             if kind in self._failures_seen:
                 record.error_raw = None
             self._failures_seen.add(kind)
-        for name in ("err", "error_raw", "first_content_raw", "final_frame_raw"):
+        for name in ("err", "finish_reason", "error_raw", "first_content_raw", "final_frame_raw"):
             text = getattr(record, name)
             if text is not None:
-                setattr(record, name, redact(text, self.secrets))
+                setattr(record, name, redact(text, self.secrets)[: None if name.endswith("_raw") else 500])
         self._count(record)
         self.sink(record.known())
 
@@ -3684,11 +3761,12 @@ def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
     """Every text that must never be shown: the token, the URL's password, values of headers that carry keys."""
     secrets = [config.token]
     if endpoint.userinfo:
-        secrets += [endpoint.userinfo, endpoint.userinfo.split(":", 1)[1]]
+        basic = base64.b64encode(endpoint.userinfo.encode("utf-8")).decode("ascii")
+        secrets += [endpoint.userinfo, endpoint.userinfo.split(":", 1)[1], basic]
     for line in config.header:
         name, _, value = line.partition(":")
         if is_secret_name(name):
-            secrets.append(value.strip())
+            secrets += [value.strip(), *re.findall(r"[^\s;,=]{8,}", value)]  # cookies may come back in parts
     secrets += [value for name, value in parse_qsl(urlsplit(endpoint.url).query) if is_secret_name(name)]
     secrets += secret_texts(config.body)
     secrets = [spelling for secret in secrets for spelling in spellings(secret)]
@@ -6310,8 +6388,8 @@ def terminal_columns() -> int:
 
 
 def printable(text: str) -> str:
-    """Text of an endpoint without control characters: they could move the cursor or rename the window."""
-    return re.sub("[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
+    """Text of an endpoint without control characters: they could move the cursor or turn the text."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", "\ufffd", text)
 
 
 def padded(text: str, width: int, right: bool) -> str:
@@ -7653,7 +7731,10 @@ async def first_model(provider: Provider, endpoint: Endpoint, network: Network) 
         raise UserError("GET %s answers HTTP %d: the token is missing or refused; give --token" % (target, head.status))
     try:
         models = parse_json(body)["data"]
-        return str(models[0]["id"])
+        name = models[0]["id"]
+        if not isinstance(name, str) or not name.strip():
+            raise ParseError("not a name")
+        return name
     except (ParseError, LookupError, TypeError):
         raise UserError("GET %s (HTTP %d) lists no model; give --model" % (target, head.status)) from None
 # What this host can measure. `selftest` runs against the built-in mock, which writes down when it sent
@@ -8111,6 +8192,11 @@ class Session:
             make_directory(directory)
             return self._measure(directory, started)
         finally:
+            left = asyncio.all_tasks(self.loop)  # an interrupt before the run began leaves the question for the models
+            for task in left:
+                task.cancel()
+            if left:
+                self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.close()
             self.keeper.close()
@@ -8184,15 +8270,17 @@ class Session:
 
     def _conclude(self, directory: str, failure: str) -> int:
         """Summary, report and the exit status."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):  # an impatient second one must not cost the files
             self.loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
         try:
             summary = build_outputs(directory, self.assets, warn)
         except WriteError as error:
             failure = failure or str(error)
             summary = None
         if summary is not None:
-            print_summary(summary, self.texts, directory)
+            with contextlib.suppress(BrokenPipeError):  # `llmbench … | head` keeps its exit status
+                print_summary(summary, self.texts, directory)
         if failure:
             sys.stderr.write("llmbench: error: %s\n" % failure)
             return EXIT_WRITE
@@ -8349,12 +8437,18 @@ def dispatch(words: Sequence[str]) -> int:
 
 def main(words: Optional[Sequence[str]] = None) -> int:
     """The program: returns the exit status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before we started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # takes the free descriptor, too
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # an ASCII locale must not end a run with a UnicodeEncodeError
             stream.reconfigure(errors="replace" if "utf" in (stream.encoding or "").lower() else "backslashreplace")
     try:
         status = dispatch(sys.argv[1:] if words is None else words)
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # it is raised again at the exit, if at all
+            sys.stdout.flush()
+            return status
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return status
     except UserError as error:
         sys.stderr.write("llmbench: error: %s\n" % error)

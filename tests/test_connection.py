@@ -321,7 +321,6 @@ def test_which_stamps_are_believed(monkeypatch, reads, arrivals):
     assert hand_over(monkeypatch, *reads) == arrivals
 
 
-@pytest.mark.xfail(strict=True, reason="a time of reading is kept as if it were the previous stamp")
 @pytest.mark.parametrize("odd", [99.9, 0.0])
 def test_a_time_of_reading_is_no_stamp_that_later_ones_must_follow(monkeypatch, odd):
     """A late loop reads at 100.2 without a stamp to believe; what it reads next was stamped 100.1, and that is true."""
@@ -485,9 +484,6 @@ def test_unknown_host_is_a_dns_error(monkeypatch):
     assert "no-such-host.invalid" in str(error)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="getaddrinfo raises UnicodeError for such a name, and the run ends in a traceback"
-)
 @pytest.mark.parametrize("host", ["10.0.0..1", "a" * 64 + ".example"])
 def test_host_that_can_be_no_name_is_a_dns_error(host):
     error, _ = fail_to_open("http://%s:1" % host)
@@ -591,11 +587,6 @@ def test_bytes_on_an_idle_connection_close_it():
         loop.run_until_complete(asyncio.wait_for(wait_for_the_end(), PATIENCE))
 
 
-@pytest.mark.xfail(
-    sys.version_info < (3, 12),
-    strict=True,
-    reason="the end of a connection counts as a read: the peer is said to have spoken",
-)
 def test_peer_that_accepts_and_leaves_did_not_speak(monkeypatch):
     """The connection ended without a byte, and before anyone looked: that is no answer that could be parsed."""
     connect = llmbench.Network._connect

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import datetime
 import json
 import os
@@ -330,9 +331,7 @@ def test_endpoint_that_is_not_there_and_no_model(tmp_path):
         b"[]",
         b"{}",
         b'{"data": []}',
-        pytest.param(
-            b'{"data": [{"id": null}]}', marks=pytest.mark.xfail(strict=True, reason="the model None is asked for")
-        ),
+        b'{"data": [{"id": null}]}',
         b'{"data": 5}',
         b"[" * 100000,
     ],
@@ -452,7 +451,6 @@ def test_ctrl_c_in_a_terminal_reaches_the_mock_too_and_it_goes_on(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="the signal handlers are taken off before the files are written")
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_second_interrupt_while_the_files_are_written_loses_none(number, status, tmp_path):
     """An impatient second Ctrl-C as the report is made: it still writes."""
@@ -471,7 +469,6 @@ def test_second_interrupt_while_the_files_are_written_loses_none(number, status,
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="a report of no record at all is a traceback")
 @linux
 def test_interrupts_while_connections_are_being_opened(tmp_path):
     with full_listener() as port:
@@ -491,7 +488,6 @@ def test_interrupts_while_connections_are_being_opened(tmp_path):
     assert run.files == FILES
 
 
-@pytest.mark.xfail(strict=True, reason="the question for the models is left behind when the loop closes")
 def test_interrupt_before_the_run_began_is_quiet(tmp_path):
     with Server(lambda peer, _: peer.hold()) as server:
         run = started(Run(tmp_path / "out", "--url", server.url, "--model="), server, 1)  # asks for the models
@@ -524,7 +520,6 @@ def test_kill_loses_what_is_in_flight_at_most(tmp_path):
     assert "cut off" in json.dumps(run.summary) + report.stdout.decode() + report.stderr.decode()
 
 
-@pytest.mark.xfail(strict=True, reason="a report of no record at all is a traceback")
 def test_report_of_a_run_that_was_killed_before_its_first_record(tmp_path):
     with Server(lambda peer, _: peer.hold()) as server:
         run = started(Run(tmp_path / "out", "--url", server.url, "--total-requests", "5"), server, 1)
@@ -594,7 +589,6 @@ def test_out_on_a_device_that_takes_nothing(tmp_path):
     assert one_line(result.stderr), result.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="a standard output that is closed is None")
 def test_terminal_that_is_gone(tmp_path):
     """`llmbench | head -0`, and standard output or error that were closed: no traceback, and the files are there."""
     flags = ["--url", "mock:?ttft=1&itl=1&tokens=3", "--total-requests", "2"]
@@ -618,7 +612,6 @@ def test_terminal_that_is_gone(tmp_path):
         assert result.status in (0, 141)
 
 
-@pytest.mark.xfail(strict=True, reason="a broken pipe makes every status 0")
 def test_exit_status_does_not_depend_on_who_reads(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
@@ -660,7 +653,6 @@ def test_too_low_a_limit_of_open_files_is_one_line(tmp_path):
 HARM = "</script><script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\r=cmd|'/c calc'!A0 sk-Zq8xW3vT\u2028\u202e<!--"
 
 
-@pytest.mark.xfail(strict=True, reason="a finish reason is not masked, and control characters reach the terminal")
 def test_what_an_endpoint_says_can_do_no_harm(tmp_path):
     """Its words reach terminal, CSV and page as words, without control characters, markup or the token."""
 
@@ -682,8 +674,10 @@ def test_what_an_endpoint_says_can_do_no_harm(tmp_path):
         assert "\u202e" not in text
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page and '<!--"' not in page
-    cells = (tmp_path / "out" / "results.csv").read_text(encoding="utf-8-sig")
-    assert not re.search(r"(^|,)\"?[=@\t\r]", cells, re.MULTILINE)
+    with open(tmp_path / "out" / "results.csv", encoding="utf-8-sig", newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert any("alert(1)" in cell for cell in cells)
+    assert not [cell for cell in cells if cell[:1] in ("=", "@", "\t", "\r")]
 
 
 HANGING_RESOLVER = """
@@ -695,7 +689,6 @@ sys.exit(llmbench.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.xfail(strict=True, reason="the exit waits for the resolver's thread, and a task is destroyed in its wait")
 def test_resolver_that_hangs_does_not_hold_up_the_exit(tmp_path):
     began = time.monotonic()
     program = [sys.executable, "-c", HANGING_RESOLVER % str(ROOT)]
@@ -720,9 +713,7 @@ def test_resolver_that_hangs_does_not_hold_up_the_exit(tmp_path):
     "name",
     [
         "../../%s/evil" % ("x" * 300),
-        pytest.param(
-            "evil\x1b[2J\x1b]0;owned\x07", marks=pytest.mark.xfail(strict=True, reason="it is printed as it is")
-        ),
+        "evil\x1b[2J\x1b]0;owned\x07",
     ],
 )
 def test_name_of_a_model_is_no_path_and_no_command(name, tmp_path):

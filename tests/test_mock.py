@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import queue
+import random
 import signal
 import socket
 import subprocess

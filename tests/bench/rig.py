@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -344,9 +343,12 @@ def finish(process: subprocess.Popen, name: str, good: Sequence[int]) -> str:
 
 def quantile(values: Sequence[float], percent: int) -> float:
     """A percentile, interpolated as everywhere in llmbench."""
-    if len(values) < 2:
-        return values[0] if values else math.nan
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    place = percent / 100 * (len(ordered) - 1)
+    low = min(int(place), len(ordered) - 2) if len(ordered) > 1 else 0
+    return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (place - low)
 
 
 def python_name(python: str) -> str:
