@@ -65,6 +65,7 @@ from typing import (
     Any,
     Awaitable,
     Callable,
+    Coroutine,
     Deque,
     Dict,
     Iterable,
@@ -670,6 +671,7 @@ class NDJSONParser:
 HEAD_LIMIT = 64 * 1024
 LINE_LIMIT = 8 * 1024  # a chunk-size line with its extensions
 CHUNK_SIZE = re.compile(rb"^([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?$")
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 STATUS_LINE = re.compile(rb"^HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?$")
 
 
@@ -679,7 +681,7 @@ def encode_request(method: str, target: str, headers: Sequence[Tuple[str, str]],
         raise UserError("the URL's path or query holds a character outside visible ASCII; percent-encode it")
     lines = ["%s %s HTTP/1.1" % (method, target)]
     for name, value in headers:
-        if any(ord(letter) < 32 or ord(letter) == 127 for letter in name + value):
+        if CONTROL.search(name) or CONTROL.search(value):
             raise UserError("header %s holds a control character; remove it" % name.strip())
         lines.append("%s: %s" % (name, value))
     try:
@@ -2795,6 +2797,8 @@ def wake_kernel_stamps() -> socket.socket:
 
 LINGER = 5.0  # s after the end for usage and terminator; s that an interrupt leaves what is in flight
 AUTH_FAILURES = 3  # refused in a row from the start: the token is wrong, and more requests won't mend it
+WRITE_BATCH = 8  # records that are written before the loop looks at its sockets again
+START_BATCH = 16  # streams of a first wave that start before the loop looks at what the others were sent
 BACK_OFF = 0.1  # s that a stream waits after a connection failed, so that a dead endpoint isn't hammered
 
 
@@ -3237,6 +3241,7 @@ class Attempt(NamedTuple):
     connect: float  # s that opening the connection took, whenever that was
     opened: Optional[float]  # s of it spent after the request was due; None when it was open already
     path: Path
+    freed: float  # when its stream became free for the next request
 
 
 class Runner:
@@ -3264,6 +3269,9 @@ class Runner:
         self.lags: Dict[int, int] = {}
         self.secrets = secrets_of(config, endpoint)
         self._streams: List[Stream] = []
+        self._finished: Deque[Tuple[Record, Optional[Attempt], float]] = collections.deque()  # not yet written
+        self._wake: Optional[asyncio.Future] = None  # the writer waits for it
+        self._failure: Optional[Exception] = None
         self._failures_seen: set = set()
         self._sampled = False
         self._auth_failures = 0
@@ -3332,15 +3340,25 @@ class Runner:
         self._show_phase(stage, phase, began)
         deadline = began + stage.duration if stage.duration is not None and phase == "measure" else None
         grace = self._end_at(deadline)
-        loop = asyncio.get_event_loop()
-        for stream in busy:
-            stream.task = loop.create_task(self._keep_busy(stream, stage, phase, indices, began, deadline))
-        if busy:
-            await self._wait_for([stream.task for stream in busy])  # type: ignore[misc]
+        await self._run_streams(busy, lambda stream: self._keep_busy(stream, stage, phase, indices, began, deadline))
         if grace is not None:
             grace.cancel()
         if audit is not None and part is not None:
             self.sink({"audit": audit.finish(clock(), stage.index, self.part.number, self.progress.done, self.lags)})
+
+    async def _run_streams(self, busy: Sequence[Stream], life: Callable[[Stream], Coroutine[Any, Any, None]]) -> None:
+        """Lets all streams live to their ends, and writes what they finish."""
+        loop = asyncio.get_event_loop()
+        writer = loop.create_task(self._write_finished())
+        for number, stream in enumerate(busy):
+            stream.task = loop.create_task(life(stream))
+            if number % START_BATCH == START_BATCH - 1:
+                await asyncio.sleep(0)
+        try:
+            if busy:
+                await self._wait_for([stream.task for stream in busy])  # type: ignore[misc]
+        finally:
+            await self._finish_writing(writer)
 
     async def _begin_together(self) -> float:
         """The moment at which a phase begins: now, or with other parts when all of them are ready."""
@@ -3411,12 +3429,45 @@ class Runner:
             if job is None:
                 return
             self.progress.in_flight += 1
-            record = await self._perform(stream, stage, phase, job, due)
+            record, attempt = await self._perform(stream, stage, phase, job, due)
             self.progress.in_flight -= 1
-            self._finish_record(record)
-            if record.status in ("dns_error", "connect_error", "tls_error") and not self.stopping:
+            self._finished.append((record, attempt, due))
+            if self._wake is not None and not self._wake.done():
+                self._wake.set_result(None)
+            if attempt is None and not self.stopping:
                 await self._pause(BACK_OFF)
-            due = clock()
+            due = clock() if attempt is None else attempt.freed
+
+    async def _write_finished(self) -> None:
+        """Writes the records of finished requests, a few at a time: sending and reading come first."""
+        try:
+            while True:
+                while self._finished:
+                    for _ in range(min(WRITE_BATCH, len(self._finished))):
+                        self._write_next()
+                    await asyncio.sleep(0)
+                self._wake = asyncio.get_event_loop().create_future()
+                await self._wake
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # raised again when the streams have ended
+            self._failure = error
+            self.stop("failed", 0.0)
+
+    def _write_next(self) -> None:
+        record, attempt, due = self._finished.popleft()
+        if attempt is not None:
+            self._fill(record, attempt, due)
+        self._finish_record(record)
+
+    async def _finish_writing(self, writer: asyncio.Task) -> None:
+        """The phase is over: what is still to be written, and the writer's failure if it had one."""
+        writer.cancel()
+        await asyncio.wait([writer])
+        if self._failure is not None:
+            raise self._failure
+        while self._finished:
+            self._write_next()
 
     async def _pause(self, seconds: float) -> None:
         sleeper = asyncio.ensure_future(asyncio.sleep(seconds))
@@ -3445,8 +3496,13 @@ class Runner:
         payload = encode_request("POST", request.target, request.headers, request.body)
         return Job(index, prompt, request_id, payload, len(request.body), dialect.version)
 
-    async def _perform(self, stream: Stream, stage: Stage, phase: str, job: Job, due: float) -> Record:
-        """One request to its record, sent again after a dead idle connection or in another dialect."""
+    async def _perform(
+        self, stream: Stream, stage: Stage, phase: str, job: Job, due: float
+    ) -> Tuple[Record, Optional[Attempt]]:
+        """One request, sent again after a dead idle connection or in another dialect.
+
+        Returns its record, and the attempt that still has to be filled into it; None when it was never sent.
+        """
         record = Record(job.request_id, job.prompt.id, phase, stage.index, provider=self.provider.name)
         record.scheduled_ms = milliseconds(due - self.zero)
         record.in_bytes = job.in_bytes
@@ -3456,11 +3512,11 @@ class Runner:
             except RequestError as error:
                 record.status, record.err = error.status, error.args[0]
                 record.end_ts = iso_time(clock() + self.epoch)
-                return record
+                return record, None
             except asyncio.CancelledError:
                 record.status, record.err = "cancelled", "while connecting"
                 record.end_ts = iso_time(clock() + self.epoch)
-                return record
+                return record, None
             exchange = attempt.exchange
             if exchange.dead and attempt.opened is None and not record.retried and not self._closing():
                 record.retried = True
@@ -3473,8 +3529,7 @@ class Runner:
                     continue
             if exchange.status == "ok":
                 self._accepted = job.version
-            self._fill(record, attempt, due)
-            return record
+            return record, attempt
 
     async def _attempt(self, stream: Stream, job: Job, due: float) -> Attempt:
         """Sends a job on the stream's connection, opened if need be, and waits for the end."""
@@ -3488,16 +3543,17 @@ class Runner:
             finally:
                 stream.opening = False
         done = asyncio.get_event_loop().create_future()
-        exchange = Exchange(self.provider, self.lags, lambda: done.done() or done.set_result(None))
+        exchange = Exchange(self.provider, self.lags, lambda: done.done() or done.set_result(clock()))
         stream.exchange = exchange
         exchange.start = connection.send(job.payload, exchange)
         watch = Watch(exchange)
         try:
-            await done
+            freed = await done
         finally:
             watch.stop()
             stream.exchange = None
-        attempt = Attempt(exchange, connection.used, connection.connect_seconds, opened, connection.measure_path())
+        path = connection.measure_path()
+        attempt = Attempt(exchange, connection.used, connection.connect_seconds, opened, path, freed)
         if exchange.reusable() and connection.open:
             connection.release()
         else:
@@ -3742,7 +3798,14 @@ def tpot_ms(record: Record) -> Optional[float]:
 
 def iso_time(seconds: float) -> str:
     """Seconds since 1970 as ISO 8601 UTC with microseconds."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    whole, micros = divmod(round(seconds * 1e6), 1000000)
+    return "%s.%06dZ" % (iso_second(whole), micros)
+
+
+@functools.lru_cache(maxsize=8)  # the times of a run lie close together
+def iso_second(seconds: int) -> str:
+    """Whole seconds since 1970 as ISO 8601 without a zone."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def secret_texts(tree: Any, secret: bool = False) -> Iterator[str]:
@@ -8073,7 +8136,6 @@ def read_config(words: Sequence[str]) -> Config:
     config = Config(**given)
     if "lang" not in given:
         config.lang = language_of_locale()
-    config.processes = choose_processes(config.processes, max(config.concurrency))
     config.token = read_secret(given["token"], "--token") if "token" in given else default_token(config.url)
     config.run_id = binascii.hexlify(os.urandom(4)).decode("ascii")
     return config
@@ -8165,6 +8227,7 @@ class Session:
     def __init__(
         self, config: Config, url: str, prompts: Sequence[Prompt], assets: Mapping[str, bytes], words: Sequence[str]
     ) -> None:
+        config.processes = choose_processes(config.processes, max(config.concurrency))
         self.config = config
         self.assets = assets
         self.prompts = prompts
