@@ -1995,6 +1995,7 @@ def client_block(audits: Sequence[Mapping[str, Any]], rows: Sequence[Rows]) -> D
 # its words, with what to do about it, stand in the message files under `reason.KEY`, once in each language.
 
 CPU_LIMIT = 90.0  # % of one CPU: a process above it can't be shown to have kept up
+SHORT_RUN_MS = 1000.0  # the CPU share of less says nothing: starting and ending are part of it
 LATE_LIMIT = 1.0  # % of starts that came late by our own delay
 SHARE_LIMIT = 1.0  # % of requests from which on failures, cancellations and odd answers count
 EXHAUSTED = ("too many open files", "no free local port")  # causes of a connect_error that are this host's
@@ -2013,6 +2014,11 @@ def lag_limit_ms(ttft_p50: Optional[float]) -> float:
     return max(5.0, 0.05 * (ttft_p50 or 0.0))
 
 
+def judged_percentile(n: int) -> str:
+    """The percentile by which the client is judged: P99, or with few samples the highest that five lie beyond."""
+    return next((name for name, percent in reversed(PERCENTILES) if n * (100 - percent) >= 500), "")
+
+
 def part_of(part: float, whole: float) -> float:
     """part / whole in %; 0 of nothing."""
     return 100.0 * part / whole if whole else 0.0
@@ -2023,15 +2029,16 @@ def client_reasons(rows: Rows, stage: Mapping[str, Any]) -> Iterator[Reason]:
     """What makes a stage INVALID: this host could not keep up."""
     client = stage["client"]
     limit = lag_limit_ms((stage.get("ttft_ms") or {}).get("p50"))
-    if client.get("cpu_percent", 0.0) > CPU_LIMIT:
+    if client.get("cpu_percent", 0.0) > CPU_LIMIT and stage["wall_time_ms"] >= SHORT_RUN_MS:
         more = 2 * client["processes"]
         yield Reason("INVALID", "cpu", {"cpu": client["cpu_percent"], "limit": CPU_LIMIT, "processes": more})
     for name in ("lag_ms", "ttft_slack_ms"):
-        late = (client.get(name) or {}).get("p99", 0.0)
-        if late > limit:
-            yield Reason("INVALID", name, {"late": late, "limit": limit})
+        figures = client.get(name) or {}
+        which = judged_percentile(figures.get("n", 0))
+        if which and figures[which] > limit:
+            yield Reason("INVALID", name, {"late": figures[which], "limit": limit, "which": which.upper()})
     late = client.get("late_percent", 0.0)
-    if late > LATE_LIMIT:
+    if late > LATE_LIMIT and late * len(rows) >= 500:
         yield Reason("INVALID", "late", {"share": late, "limit": limit})
     exhausted = sum(error["count"] for error in rows.errors.values() if any(text in error["key"] for text in EXHAUSTED))
     if exhausted:
@@ -3271,6 +3278,7 @@ class Runner:
         self._streams: List[Stream] = []
         self._finished: Deque[Tuple[Record, Optional[Attempt], float]] = collections.deque()  # not yet written
         self._wake: Optional[asyncio.Future] = None  # the writer waits for it
+        self._written_at = self._written = 0  # records written in this turn of the loop
         self._failure: Optional[Exception] = None
         self._failures_seen: set = set()
         self._sampled = False
@@ -3431,15 +3439,24 @@ class Runner:
             self.progress.in_flight += 1
             record, attempt = await self._perform(stream, stage, phase, job, due)
             self.progress.in_flight -= 1
-            self._finished.append((record, attempt, due))
-            if self._wake is not None and not self._wake.done():
-                self._wake.set_result(None)
+            self._hand_over(record, attempt, due)
             if attempt is None and not self.stopping:
                 await self._pause(BACK_OFF)
             due = clock() if attempt is None else attempt.freed
 
+    def _hand_over(self, record: Record, attempt: Optional[Attempt], due: float) -> None:
+        """Writes a finished request's record at once; when many end in one turn of the loop, those behind wait."""
+        if self._written_at != self.poll.polls:
+            self._written_at, self._written = self.poll.polls, 0
+        self._finished.append((record, attempt, due))
+        if self._written < WRITE_BATCH and len(self._finished) == 1:
+            self._written += 1
+            self._write_next()
+        elif self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
     async def _write_finished(self) -> None:
-        """Writes the records of finished requests, a few at a time: sending and reading come first."""
+        """Writes the records that wait, a few a turn of the loop: sending and reading come first."""
         try:
             while True:
                 while self._finished:
@@ -3527,6 +3544,7 @@ class Runner:
                     job = again
                     record.in_bytes = job.in_bytes
                     continue
+                attempt = attempt._replace(freed=clock())  # finding that out took its time
             if exchange.status == "ok":
                 self._accepted = job.version
             return record, attempt
