@@ -141,7 +141,8 @@ class Client:
 def serving(query: str = FAST) -> Iterator[str]:
     """The server in a thread of its own, which starts much faster than a process."""
     loop, urls = asyncio.SelectorEventLoop(llmbench.MicrosecondSelector()), queue.Queue()
-    task = loop.create_task(llmbench.serve_mock(llmbench.parse_mock_url("mock:?vary=0&" + query), "127.0.0.1", 0, urls.put))
+    options = llmbench.parse_mock_url("mock:?vary=0&" + query)
+    task = loop.create_task(llmbench.serve_mock(options, "127.0.0.1", 0, urls.put))
 
     def run() -> None:
         with contextlib.suppress(asyncio.CancelledError):
