@@ -113,7 +113,8 @@ SET_BY = {
     "insecure": (None, True), "ca-cert": ("ca.pem", "ca.pem"), "header": ("K: V", ["K: V"]),
     "body": ('{"a":1}', {"a": 1}),
     "end-optional": (None, True), "count-connect": (None, True), "record-chunks": (None, True), "out": ("o", "o"),
-    "seed": ("42", 42), "processes": ("3", 3), "progress": ("lines", "lines"), "lang": ("zh", "zh"), "no-unique": (None, False),
+    "seed": ("42", 42), "processes": ("3", 3),
+    "progress": ("lines", "lines"), "lang": ("zh", "zh"), "no-unique": (None, False),
 }  # fmt: skip
 
 
