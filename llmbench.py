@@ -1177,7 +1177,7 @@ def openai_usage(usage: Any) -> Optional[Dict[str, int]]:
 class Decoder:
     """Reads one stream in OpenAI's chat dialect; see the head of this section."""
 
-    PLAIN_TEXT = re.compile(rb'[^"\\\x00-\x1f\x7f]*')
+    NOT_PLAIN = b'"\\\x7f' + bytes(range(32))  # what ends a JSON string, escapes in it, or may not stand in one
     CONTENT = re.compile(rb'"content"\s*:\s*"([^"\\\x00-\x1f]+)"')
     MARKER = "\u2042llmbench"
 
@@ -1190,18 +1190,24 @@ class Decoder:
         self._hits = 0
         self._lessons = 0
 
-    def plain(self, data: bytes) -> int:
-        """Characters of the text when `data` is certainly one content frame and nothing else; 0: read it in full."""
-        head_length = self._head_length
-        if not head_length or not data.startswith(self._head) or not data.endswith(self._tail):
-            return 0
-        end = len(data) - self._tail_length
-        if end <= head_length or self.PLAIN_TEXT.match(data, head_length).end() != end:  # type: ignore[union-attr]
-            return 0
-        self._hits += 1
-        text = data[head_length:end]
-        self.crc = zlib.crc32(text, self.crc)
-        return len(text) if text.isascii() else len(text.decode("utf-8", "replace"))
+    def plain(self, data: bytes) -> bytes:
+        """The text when `data` is certainly one content frame and nothing else; b"": read it in full."""
+        length = self._head_length
+        if not length or not data.startswith(self._head) or not data.endswith(self._tail):
+            return b""
+        text = data[length : len(data) - self._tail_length]
+        if len(data) <= length + self._tail_length or len(text.translate(None, self.NOT_PLAIN)) != len(text):
+            return b""
+        return text
+
+    def note_texts(self, texts: Sequence[bytes]) -> int:
+        """Texts that came through `plain`, in their order; returns how many characters they have."""
+        self._hits += len(texts)
+        joined = b"".join(texts)
+        self.crc = zlib.crc32(joined, self.crc)
+        if joined.isascii():
+            return len(joined)
+        return sum(len(text.decode("utf-8", "replace")) for text in texts)
 
     def frames(self, event: Event) -> List[Frame]:
         """All frames of an event, text before usage before the end; raises ParseError when it is not JSON."""
@@ -2834,7 +2840,7 @@ class Exchange:
         self.parser = provider.events()
         self.decoder = provider.decoder()
         self.think = ThinkTags(config.think_tags)
-        self.plain: Callable[[bytes], int] = self.decoder.plain if self.think.settled else never_plain
+        self.plain: Callable[[bytes], bytes] = self.decoder.plain if self.think.settled else never_plain
         self.chunk_times: Optional[List[float]] = [] if config.record_chunks else None
         self.start = 0.0
         self.status: Optional[str] = None
@@ -2959,24 +2965,32 @@ class Exchange:
 
     def _take(self, events: Sequence[Event], stamp: float) -> None:
         """The hot path: all events of one read, which share its stamp."""
-        outputs = chars = 0
-        plain = self.plain
-        for event in events:
-            length = plain(event[1]) if event[0] == "message" else 0
-            if length:
-                outputs += 1
-                chars += length
-            elif self.ended_by != "done" and self.status is None:
-                outputs += self._read_event(event, stamp)
+        outputs = 0
+        plain, texts = self.plain, []  # type: Callable[[bytes], bytes], List[bytes]
+        for kind, data in events:
+            text = plain(data)
+            if text and kind == "message":
+                texts.append(text)
+                continue
+            if texts:
+                outputs += self._note_texts(texts)
+                texts = []
+            if self.ended_by != "done" and self.status is None:
+                outputs += self._read_event((kind, data), stamp)
                 plain = self.plain
+        if texts:
+            outputs += self._note_texts(texts)
         last = events[-1]
         if self.ended_by != "done" or last[1] != DONE:
             self.final_event = last
         elif len(events) > 1:
             self.final_event = events[-2]
-        self.chars += chars
         if outputs:
             self._note_outputs(outputs, stamp)
+
+    def _note_texts(self, texts: Sequence[bytes]) -> int:
+        self.chars += self.decoder.note_texts(texts)
+        return len(texts)
 
     def _note_outputs(self, outputs: int, stamp: float) -> None:
         if self.chunks:
@@ -3170,9 +3184,9 @@ def no_call() -> None:
     """Stands in for a callback that nobody asked for."""
 
 
-def never_plain(_: bytes) -> int:
-    """Stands in for Decoder.plain while `<think>` may still come."""
-    return 0
+def never_plain(_: bytes) -> bytes:
+    """Stands in for Decoder.plain where nothing may take the fast path."""
+    return b""
 
 
 def describe_body(body: bytes) -> str:

@@ -512,9 +512,15 @@ STREAMS: Dict[str, List[Any]] = {
 streams = pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS.keys())
 
 
+def plain_length(decoder: Decoder, data: bytes) -> int:
+    """Characters that the fast path finds in an event; 0 when it leaves it to the full parse."""
+    text = decoder.plain(data)
+    return decoder.note_texts([text]) if text else 0
+
+
 def check_plain(decoder: Decoder, data: bytes) -> int:
     """Holds the promise of `plain` for one event; returns what it said."""
-    length = decoder.plain(data)
+    length = plain_length(decoder, data)
     if length:
         frames = Decoder().frames(("message", data))
         assert len(frames) == 1, data
@@ -625,7 +631,7 @@ def test_plain_counts_characters_like_the_full_reading(data: bytes) -> None:
 
 
 def test_plain_knows_nothing_before_the_first_lesson() -> None:
-    assert Decoder().plain(encoded(text("a"))) == 0
+    assert plain_length(Decoder(), encoded(text("a"))) == 0
 
 
 @pytest.mark.parametrize(
@@ -644,8 +650,8 @@ def test_plain_knows_nothing_before_the_first_lesson() -> None:
 def test_plain_leaves_everything_else_alone(second: bytes) -> None:
     decoder = Decoder()
     decoder.frames(("message", encoded(text("a"))))
-    assert decoder.plain(encoded(text("b"))) == 1
-    assert decoder.plain(second) == 0
+    assert plain_length(decoder, encoded(text("b"))) == 1
+    assert plain_length(decoder, second) == 0
 
 
 def test_head_and_tail_must_not_overlap() -> None:
@@ -659,7 +665,7 @@ def test_head_and_tail_must_not_overlap() -> None:
 def test_an_event_of_another_type_is_never_learnt() -> None:
     decoder = Decoder()
     decoder.frames(("delta", encoded(text("a"))))
-    assert decoder.plain(encoded(text("b"))) == 0
+    assert plain_length(decoder, encoded(text("b"))) == 0
 
 
 def test_lessons_end_where_nothing_is_learnt() -> None:
@@ -715,7 +721,7 @@ def read_response(pieces: List[bytes]) -> List[Frame]:
     frames: List[Frame] = []
     for piece in pieces:
         for event in parser.feed(reader.feed(piece)):
-            length = decoder.plain(event[1]) if event[0] == "message" else 0
+            length = plain_length(decoder, event[1]) if event[0] == "message" else 0
             frames += [content("?" * length)] if length else decoder.frames(event)
     reader.end()
     for event in parser.tail():
