@@ -562,17 +562,22 @@ class SSEParser:
             self._pending.append(data)
             data = b"".join(self._pending)
             self._pending, self._size = [], 0
+        return self._split(data)
+
+    def _split(self, data: bytes) -> List[Event]:
+        """Events of whole lines; what is behind the last blank one is kept."""
+        cut = data.rfind(b"\n\n")
+        if cut >= 0 and data[:6] == b"data: ":
+            pieces = data[6:cut].split(b"\n\ndata: ")
+            if data.count(b"\n", 0, cut) == 2 * (len(pieces) - 1):  # every event is one line `data: …`
+                if cut + 2 < len(data):
+                    self._keep(data[cut + 2 :])
+                return list(zip(itertools.repeat("message"), pieces))
         blocks = data.split(b"\n\n")
         rest = blocks.pop()
         if rest:
             self._keep(rest)
-        events = []
-        for block in blocks:
-            if block[:6] == b"data: " and b"\n" not in block:
-                events.append(("message", block[6:]))
-            else:
-                events.extend(self._block(block))
-        return events
+        return [event for block in blocks for event in self._block(block)]
 
     def tail(self) -> List[Event]:
         """The unterminated event that a clean end of the body leaves, when it is JSON or [DONE]."""
