@@ -2132,7 +2132,8 @@ def run_reasons(end: Optional[Mapping[str, Any]], client: Mapping[str, Any]) -> 
     if end is None:
         yield Reason("CAUTION", "cut_off", {})
     elif end.get("reason", "done") != "done":
-        yield Reason("CAUTION", "ended_early", {"reason": end["reason"]})
+        state = "INVALID" if end.get("lost_workers") else "CAUTION"  # a part of the client failed
+        yield Reason(state, "ended_early", {"reason": end["reason"]})
     lag = (client.get("lag_ms") or {}).get("p99", 0.0)
     if client.get("clock", "kernel") != "kernel" and lag > 1.0:
         yield Reason("CAUTION", "clock", {"lag": lag})
@@ -3358,10 +3359,10 @@ class Runner:
     ) -> None:
         self._ending = False
         indices = indices_of(part, first, None if total is None else first + total) if part else iter(())
-        await self._open_ahead(stage, phase)
         for stream in self._streams:
             stream.job = self._next_job(stage, indices)
         busy = [stream for stream in self._streams if stream.job is not None]
+        await self._open_ahead(busy)
         began = await self._begin_together()
         audit = Audit(began, self.poll) if phase == "measure" else None
         self._show_phase(stage, phase, began)
@@ -3422,13 +3423,9 @@ class Runner:
         fresh.note = self.progress.note
         self.progress.__dict__.update(fresh.__dict__)
 
-    async def _open_ahead(self, stage: Stage, phase: str) -> None:
+    async def _open_ahead(self, busy: Sequence[Stream]) -> None:
         """Opens the streams' connections before the clock starts; what fails here fails again, as a record."""
-        total = stage.warmup if phase == "warmup" else stage.total
-        wanted = len(self._streams) if total is None else min(len(self._streams), total)
-        missing = [
-            stream for stream in self._streams[:wanted] if stream.connection is None or not stream.connection.open
-        ]
+        missing = [stream for stream in busy if stream.connection is None or not stream.connection.open]
         gate = asyncio.Semaphore(64)  # a listener's backlog is often 128
         failed: List[Stream] = []
 
@@ -3632,7 +3629,7 @@ class Runner:
 
     async def _probe(self, stage: Stage, job: Job, candidate: Dialect) -> Optional[Exchange]:
         """One request in another dialect, recorded in phase `probe`; None when it could not be sent."""
-        request_id = "%s-%d-probe-%d" % (self.config.run_id, stage.index, candidate.version)
+        request_id = "%s-%d-probe-%d-%d" % (self.config.run_id, stage.index, self.part.number, candidate.version)
         probe = self._make_job(stage, job.index, request_id, candidate)
         record = Record(request_id, job.prompt.id, "probe", stage.index, provider=self.provider.name)
         stream, due, exchange = Stream(-1, task=asyncio.current_task()), clock(), None
@@ -3882,6 +3879,7 @@ def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
 # fork where there is one, as it costs nothing and needs no import; no thread runs yet when it happens.
 
 HEAD_START = 0.02  # s between `go` and the beginning of a phase: every worker has read it by then
+CANCEL_PATIENCE = 2.0  # s that a cancelled worker has to write its records
 
 
 class WorkerPlan(NamedTuple):
@@ -3907,7 +3905,6 @@ class Worker:
         """The whole life of the process."""
         signal.set_wakeup_fd(-1)  # a fork copies the watching process's
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the watching process gets Ctrl-C too and tells us
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         plan = self._plan
         self._loop, poll = new_loop()
         sink = plan.open_sink()
@@ -3917,12 +3914,14 @@ class Worker:
             plan.config, provider, endpoint, plan.prompts, plan.part, poll, sink.write, self._together
         )
         runner.zero = plan.zero
+        # Batch systems and systemd send it to every process; it is also how multiprocessing ends a worker at its exit.
+        self._loop.add_signal_handler(signal.SIGTERM, runner.stop, "interrupted by SIGTERM")
         self._loop.add_reader(self._pipe.fileno(), self._receive)
         self._report_progress()
         gc.freeze()
         try:
             self._loop.run_until_complete(runner.run(plan_stages(plan.config)))
-            self._send("progress", vars(runner.progress))
+            self._tell()
             self._send("end", {"notes": provider.dialect.notes})
         except WriteError as error:
             self._send("unwritten", str(error))
@@ -3932,6 +3931,8 @@ class Worker:
 
     async def _together(self) -> float:
         """Waits until every worker is ready; returns when the phase begins."""
+        if self._runner.stopping:  # nothing begins any more, and who watches may be gone
+            return clock()
         self._go = self._loop.create_future()
         self._send("ready", None)
         return await self._go
@@ -3951,10 +3952,13 @@ class Worker:
             self._go.set_result(value if kind == "go" else clock())
 
     def _report_progress(self) -> None:
+        self._tell()
+        self._loop.call_later(0.25, self._report_progress)
+
+    def _tell(self) -> None:
         self._send("progress", vars(self._runner.progress))
         if self._runner.stopping:
             self._send("stopping", self._runner.reason)
-        self._loop.call_later(0.25, self._report_progress)
 
     def _send(self, kind: str, value: Any) -> None:
         with contextlib.suppress(OSError):
@@ -3987,6 +3991,7 @@ class Crew:
         self._ready: Set[int] = set()
         self._ended: Set[int] = set()
         self._shares: Dict[int, Dict[str, Any]] = {}
+        self.lost = 0  # workers that were killed or failed
         self._unwritten = ""
 
     def start(self) -> None:
@@ -3994,14 +3999,18 @@ class Crew:
         import multiprocessing
 
         context = multiprocessing.get_context(start_method())
-        for number, plan in enumerate(self._plans):
-            ours, theirs = context.Pipe()
-            self._pipes[number] = ours
-            inherited = list(self._pipes.values()) if context.get_start_method() == "fork" else []
-            process = context.Process(target=work, args=(theirs, plan, inherited), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes[number] = process
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a child inherits, from its first moment on
+        try:
+            for number, plan in enumerate(self._plans):
+                ours, theirs = context.Pipe()
+                self._pipes[number] = ours
+                inherited = list(self._pipes.values()) if context.get_start_method() == "fork" else []
+                process = context.Process(target=work, args=(theirs, plan, inherited), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes[number] = process
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     async def run(self) -> None:
         """Returns when every worker has ended; raises WriteError when one could not write."""
@@ -4022,8 +4031,13 @@ class Crew:
             self._broadcast("stop", (reason, patience))
 
     def cancel(self, why: str) -> None:
-        """As Runner.cancel, in every worker."""
+        """As Runner.cancel, in every worker; one that hangs is killed."""
         self._broadcast("cancel", why)
+        asyncio.get_event_loop().call_later(CANCEL_PATIENCE, self._kill)
+
+    def _kill(self) -> None:
+        for number in self._pipes:
+            self._processes[number].kill()
 
     def _broadcast(self, kind: str, value: Any) -> None:
         for pipe in self._pipes.values():
@@ -4062,6 +4076,7 @@ class Crew:
             code = process.exitcode
             killed = code is not None and code < 0
             how = "was killed by signal %d" % -code if killed else "failed (exit status %s)" % code
+            self.lost += 1
             self.stop("worker process %d %s" % (number, how))
         if not self._pipes:
             self._over.set_result(None)
@@ -7945,7 +7960,9 @@ def find_selftest(host: str) -> Optional[Dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             with open(os.path.join(directory, SELFTEST_FILE), encoding="utf-8") as file:
                 found = json.load(file)
-            if found["host"] == host and found["errors"]:
+            levels = [(level["streams"], level["first_ms"]["p99"]) for level in found["errors"]]
+            whole = all(streams >= 1 and abs(p99) < math.inf for streams, p99 in levels)
+            if found["host"] == host and levels and whole:
                 return found
     return None
 
@@ -8314,19 +8331,16 @@ class Session:
             if earlier is not None:
                 header["selftest"] = earlier
             writer.write({"llmbench": "1", "run": header})
-            reason, notes = self._drive(writer, directory)
-            end: Dict[str, Any] = {"reason": reason, "ended_at": iso_time(time.time())}
-            if notes:
-                end["dialect"] = notes
-            writer.write({"end": end})
+            end = self._drive(writer, directory)
+            writer.write({"end": {**end, "ended_at": iso_time(time.time())}})
         except WriteError as error:
             failure = str(error)
         finally:
             writer.close()
         return self._conclude(directory, failure)
 
-    def _drive(self, writer: ResultsWriter, directory: str) -> Tuple[str, List[str]]:
-        """The measurement itself, with signals and progress around it: why it ended, and what the run says of it."""
+    def _drive(self, writer: ResultsWriter, directory: str) -> Dict[str, Any]:
+        """The measurement itself, with signals and progress around it; what the end line says of it."""
         progress = Progress()
         measuring: Union[Runner, Crew]
         if self.config.processes == 1:
@@ -8343,7 +8357,13 @@ class Session:
         gc.freeze()  # what start-up made is not looked at again during the run
         with ProgressPrinter(self.config.progress, sys.stderr, progress, self.texts):
             self.loop.run_until_complete(work)
-        return measuring.reason, self.provider.dialect.notes if isinstance(measuring, Runner) else measuring.notes
+        end: Dict[str, Any] = {"reason": measuring.reason}
+        notes = measuring.notes if isinstance(measuring, Crew) else self.provider.dialect.notes
+        if notes:
+            end["dialect"] = notes
+        if isinstance(measuring, Crew) and measuring.lost:
+            end["lost_workers"] = measuring.lost
+        return end
 
     def _worker_plans(self, directory: str) -> List[WorkerPlan]:
         """One plan for each worker process."""
@@ -8481,20 +8501,22 @@ def command_selftest(words: Sequence[str]) -> int:
     trouble = raise_file_limit(max(level.streams for level in SELFTEST_LEVELS) + 64)
     if trouble:
         raise UserError(trouble)
+    place = os.path.dirname(os.path.abspath(given.out))
+    if os.path.isdir(given.out) or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError("--out %s cannot be written to; name another file" % given.out)
     keeper = wake_kernel_stamps()
     try:
         result = selftest(parse_workload(assets["prompts/en.txt"], "built-in prompts"), warn)
-    finally:
-        keeper.close()
-    for line in selftest_lines(result, texts):
-        print(line)
-    try:
+        for line in selftest_lines(result, texts):
+            print(line)
         with WholeFile(given.out) as file:
             json.dump(result, file, indent=2)
             file.write("\n")
     except WriteError as error:
         sys.stderr.write("llmbench: error: %s\n" % error)
         return EXIT_WRITE
+    finally:
+        keeper.close()
     print("\n%s  %s" % (texts["terminal.selftest.file"], given.out))
     return EXIT_OK
 
