@@ -3915,7 +3915,7 @@ class Worker:
         )
         runner.zero = plan.zero
         # Batch systems and systemd send it to every process; it is also how multiprocessing ends a worker at its exit.
-        self._loop.add_signal_handler(signal.SIGTERM, runner.stop, "interrupted by SIGTERM")
+        self._loop.add_signal_handler(signal.SIGTERM, self._stop, "interrupted by SIGTERM", LINGER)
         self._loop.add_reader(self._pipe.fileno(), self._receive)
         self._report_progress()
         gc.freeze()
@@ -3942,14 +3942,21 @@ class Worker:
             kind, value = self._pipe.recv()
         except (EOFError, OSError):  # the watching process is gone: nobody would write the report
             self._loop.remove_reader(self._pipe.fileno())
-            self._runner.stop("the watching process ended", 0.0)
-            kind, value = "go", clock()
+            kind, value = "stop", ("the watching process ended", 0.0)
         if kind == "stop":
-            self._runner.stop(value[0], value[1])
+            self._stop(*value)
         elif kind == "cancel":
             self._runner.cancel(value)
-        if kind in ("go", "stop") and self._go is not None and not self._go.done():
-            self._go.set_result(value if kind == "go" else clock())
+        else:
+            self._begin(value)
+
+    def _stop(self, reason: str, patience: float) -> None:
+        self._runner.stop(reason, patience)
+        self._begin(clock())  # a worker that waits for the others must not wait on
+
+    def _begin(self, moment: float) -> None:
+        if self._go is not None and not self._go.done():
+            self._go.set_result(moment)
 
     def _report_progress(self) -> None:
         self._tell()
@@ -4033,9 +4040,10 @@ class Crew:
     def cancel(self, why: str) -> None:
         """As Runner.cancel, in every worker; one that hangs is killed."""
         self._broadcast("cancel", why)
-        asyncio.get_event_loop().call_later(CANCEL_PATIENCE, self._kill)
+        asyncio.get_event_loop().call_later(CANCEL_PATIENCE, self.kill)
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """Kills the workers that are still there."""
         for number in self._pipes:
             self._processes[number].kill()
 
@@ -7921,8 +7929,11 @@ def measure_capacity(processes: int, prompts: Sequence[Prompt]) -> Dict[str, Any
             parts = [Part(process=number, processes=processes) for number in range(processes)]
             plans = [WorkerPlan(config, mock.url, prompts, part, clock(), opener) for part in parts]
             crew = Crew(plans, Progress())
-            crew.start()
-            loop.run_until_complete(crew.run())
+            try:
+                crew.start()
+                loop.run_until_complete(crew.run())
+            finally:
+                crew.kill()  # none are left but after Ctrl-C
             lines = list(read_lines(os.path.join(directory, RESULTS), lambda _: None))
     finally:
         loop.close()
