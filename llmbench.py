@@ -3465,7 +3465,8 @@ class Runner:
         if self._written_at != self.poll.polls:
             self._written_at, self._written = self.poll.polls, 0
         self._finished.append((record, attempt, due))
-        if self._written < WRITE_BATCH and len(self._finished) == 1:
+        crowded = len(self._finished) > len(self._streams)  # never more than one record a stream may wait
+        if crowded or (self._written < WRITE_BATCH and len(self._finished) == 1):
             self._written += 1
             self._write_next()
         elif self._wake is not None and not self._wake.done():

@@ -25,6 +25,7 @@ from servers import (
     full_listener,
     measure,
     measure_one,
+    mock_server,
     prepare,
     says,
     settings,
@@ -912,3 +913,22 @@ def test_error_keys_hold_no_request_of_their_own():
         measured = measure(server.url, total_requests=5)
     assert [("error_raw" in record) for record in measured.records] == [True] + [False] * 4
     assert all(re.search("1234 failed", record["err"]) for record in measured.records)
+
+
+def test_no_more_records_wait_than_there_are_streams():
+    """Answers that come all at once and at full speed: the writing keeps up, whatever is put off in one turn."""
+    waiting = []
+
+    def watch(runner, loop):
+        hand_over = runner._hand_over
+
+        def counted(*finished):
+            hand_over(*finished)
+            waiting.append(len(runner._finished))
+
+        runner._hand_over = counted
+
+    with mock_server("--ttft", "0", "--itl", "0", "--tokens", "2") as url:
+        measured = measure(url, during=watch, concurrency=64, total_requests=2000)
+    assert len(measured.records) == 2000
+    assert 1 < max(waiting) <= 64
