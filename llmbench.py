@@ -2321,6 +2321,11 @@ def plan_stages(config: Config) -> List[Stage]:
 # the loop last looked: if this poll had to wait, as it returned; if it returned at once, after the
 # return of the poll before. `Poll.look` is that moment, and bounds how much too late a time may be.
 #
+# A process that could not run when it should have been woken (a CPU quota, another thread that holds the
+# interpreter's lock) returns late from a wait, and what it finds may have come at any time of it: a stamp
+# well before the return gives that away, and `look` is taken back to before the wait. A poll that doesn't
+# wait may return late as well, and has not seen what came meanwhile: what follows it counts from its call.
+#
 # `Connection` is the only I/O in the hot path. Once open_connection has set up the transport it takes
 # the place of its StreamReader: bytes go to the receiver in the callback in which they were read,
 # without waking a coroutine for each.
@@ -2331,6 +2336,7 @@ STAMP = struct.Struct("@ll")  # struct timespec
 STAMP_SPACE = socket.CMSG_SPACE(STAMP.size) if hasattr(socket, "CMSG_SPACE") else 0
 READ_SIZE = 65536  # asyncio asks for 256 KiB, whose allocation costs more than a second read would
 CLOCK_JITTER = 5e-6  # two clocks can't be read at the very same moment
+LATE_WAKE = 1e-3  # s from an arrival to the return of the poll that waited for it: this process could not run
 
 
 class StampedSocket(socket.socket):
@@ -2374,14 +2380,16 @@ class StampedSocket(socket.socket):
 class Poll(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
     """The loop's selector, which knows when it last looked and how far apart the two clocks are.
 
-    returned: when the last poll returned. look: since when what it brought can have arrived.
+    returned: when the last poll returned. look: since when what it brought can have arrived, if a poll that
+    had to wait was woken in time; else `before`.
     offset: CLOCK_MONOTONIC - CLOCK_REALTIME in s. polls, longest: how often it was asked, and the
     longest time between a return and the next poll, which is the loop's own delay.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.returned = self.look = clock()
+        self.returned = self.look = self.before = self._asked = clock()
+        self._waited = False
         self.offset = 0.0
         self.polls = 0
         self.longest = 0.0
@@ -2390,17 +2398,19 @@ class Poll(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
 
     def select(self, timeout: Optional[float] = None) -> List[Tuple[Any, int]]:
         """As the base class; asks without waiting first, so that whether it had to wait is certain."""
+        looked, seen = self.returned, self.look if self._waited else self._asked
+        self._asked = clock()
         ready = super().select(0)
-        looked = self.returned
-        if not ready and (timeout is None or timeout > 0):
+        self._waited = not ready and (timeout is None or timeout > 0)
+        if self._waited:
             self.longest = max(self.longest, clock() - looked)
             ready = super().select(timeout)
             self._measure_offset(20e-6)
-            self.look = self.returned
+            self.look, self.before = self.returned, self._asked
         else:
             self._measure_offset(20e-6)
             self.longest = max(self.longest, self.returned - looked)
-            self.look = looked
+            self.look = self.before = seen
         self.polls += 1
         return ready
 
@@ -2497,6 +2507,8 @@ class Connection(asyncio.Protocol):
             stamp = now
         if kernel:  # a time of reading is no stamp: what was read late must not make the next stamp look old
             self._last = stamp
+            if poll.look - stamp > LATE_WAKE:  # holds for the other connections of this poll too
+                poll.look = poll.before
         receiver = self._receiver
         if receiver is None:  # nobody asked: the connection can't be trusted with another request
             self.close()

@@ -232,6 +232,21 @@ def test_bytes_that_end_a_wait_arrived_when_the_loop_looked(wire):
     assert arrival.look - start >= 0.05, "idle time is not lag"
 
 
+@pytest.mark.parametrize("stamp, look", [(100.0, 90.0), (100.0495, 100.05), (100.06, 100.05)])
+def test_a_wait_that_ended_late_is_no_bound_for_what_it_brought(monkeypatch, stamp, look):
+    """It waited since 90.0 and was woken at 100.05: what came well before that came while the process could not run."""
+    transport = types.SimpleNamespace(set_protocol=lambda _: None, write=lambda _: None, abort=lambda: None)
+    sock = types.SimpleNamespace(stamp=stamp, reads=1)
+    poll = types.SimpleNamespace(offset=0.0, look=100.05, before=90.0)
+    connection = llmbench.Connection(sock, types.SimpleNamespace(transport=transport), poll, 0.0)
+    monkeypatch.setattr(llmbench, "clock", lambda: 100.1)
+    seen = []
+    connection.send(b"", types.SimpleNamespace(received=lambda *read: seen.append(read[3])))
+    connection.data_received(b"x")
+    assert seen == [look]
+    assert poll.look == look, "holds for what other connections brought in the same poll"
+
+
 def test_without_kernel_stamps_the_time_of_reading_serves(monkeypatch):
     monkeypatch.setattr(llmbench, "SO_TIMESTAMPNS", None)
     with Server(says(b"hello!")) as server:
@@ -291,7 +306,7 @@ def hand_over(monkeypatch, *reads):
     """Feeds a connection with reads of (stamp or 0, now) and gives (arrival, kernel) for each."""
     transport = types.SimpleNamespace(set_protocol=lambda _: None, write=lambda _: None, abort=lambda: None)
     sock = types.SimpleNamespace(stamp=0.0, reads=0)
-    poll = types.SimpleNamespace(offset=0.0, look=0.0)
+    poll = types.SimpleNamespace(offset=0.0, look=0.0, before=0.0)
     connection = llmbench.Connection(sock, types.SimpleNamespace(transport=transport), poll, 0.0)
     seen = []
     monkeypatch.setattr(llmbench, "clock", lambda: now)
@@ -357,14 +372,15 @@ def test_poll_that_had_to_wait_looks_at_its_return(pair):
 
 
 @pytest.mark.parametrize("timeout", [None, 1.0, 0])
-def test_poll_that_returned_at_once_looked_at_the_return_before(pair, timeout):
+def test_poll_that_returned_at_once_looked_when_the_one_before_asked(pair, timeout):
     poll, _, theirs = pair
+    asked = llmbench.clock()
     assert poll.select(0) == []
     before = poll.returned
     theirs.send(b"x")
     time.sleep(0.03)
     assert poll.select(timeout)
-    assert poll.look == before
+    assert asked <= poll.look <= before, "not its return: what came meanwhile it has not seen"
     assert poll.returned >= before + 0.03
     assert poll.longest >= 0.03, "the loop was away for that long"
     assert poll.polls == 2
