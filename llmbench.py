@@ -2785,6 +2785,17 @@ def new_loop() -> Tuple[asyncio.AbstractEventLoop, Poll]:
     return loop, poll
 
 
+def close_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Ends what an interrupt left running on a loop, and closes it."""
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
 def wake_kernel_stamps() -> socket.socket:
     """A socket that keeps the kernel's stamps switched on for this run.
 
@@ -4099,7 +4110,7 @@ class Crew:
             how = "was killed by signal %d" % -code if killed else "failed (exit status %s)" % code
             self.lost += 1
             self.stop("worker process %d %s" % (number, how))
-        if not self._pipes:
+        if not self._pipes and not self._over.done():
             self._over.set_result(None)
         self._go_on()
 
@@ -7916,7 +7927,7 @@ def measure_error(level: Level, prompts: Sequence[Prompt]) -> Dict[str, Any]:
             question = encode_request("GET", "/mock/truth", [("Host", endpoint.authority), ("Connection", "close")])
             _, body = loop.run_until_complete(fetch(Network(endpoint, config, poll), question, 30.0))
     finally:
-        loop.close()
+        close_loop(loop)
     truth = {item["request_id"]: item for item in map(json.loads, body.decode("utf-8").strip().split("\n"))}
     audit = next(line["audit"] for line in lines if "audit" in line)
     done = [line for line in lines if line.get("status") == "ok"]
@@ -7949,7 +7960,7 @@ def measure_capacity(processes: int, prompts: Sequence[Prompt]) -> Dict[str, Any
                 crew.kill()  # none are left but after Ctrl-C
             lines = list(read_lines(os.path.join(directory, RESULTS), lambda _: None))
     finally:
-        loop.close()
+        close_loop(loop)
     audits = [line["audit"] for line in lines if "audit" in line]
     events = sum(line.get("chunks", 0) for line in lines)
     return {
@@ -8333,13 +8344,7 @@ class Session:
             make_directory(directory)
             return self._measure(directory, started)
         finally:
-            left = asyncio.all_tasks(self.loop)  # an interrupt before the run began leaves the question for the models
-            for task in left:
-                task.cancel()
-            if left:
-                self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-            self.loop.close()
+            close_loop(self.loop)
             self.keeper.close()
 
     def _measure(self, directory: str, started: float) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -42,10 +42,10 @@ def short(program, requests=16, python=sys.executable):
     return [python, "-c", SHORT % (str(program), requests)]
 
 
-def start(cwd, *words, program=None, **options):
+def start(cwd, *words, program=None, temporary=None, **options):
     command = [*(program or short(ROOT)), "selftest", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+    environment = {**os.environ, "LC_ALL": "C.UTF-8", **({"TMPDIR": str(temporary)} if temporary else {})}
     return subprocess.Popen(
         command, cwd=str(cwd), env=environment, universal_newlines=True, start_new_session=True, **pipes, **options
     )
@@ -231,31 +231,45 @@ def test_temporary_records_that_cannot_be_written(tmp_path):
 
 
 @linux
-def test_interrupt_is_quiet_and_leaves_nothing(tmp_path):
-    """Ctrl-C while a worker takes in a flood that does not end."""
-    process = start(tmp_path, program=short(ROOT, requests=10**6))
+@pytest.mark.parametrize("when", ["level", "flood"])
+def test_interrupt_is_quiet_and_leaves_nothing(when, tmp_path):
+    """Ctrl-C with requests of a minute in flight, and while a worker takes in a flood that does not end."""
+    (tmp_path / "tmp").mkdir()
+    program = short(ROOT, requests=10**6)
+    if when == "level":
+        program[-1] = program[-1].replace("ttft=20", "ttft=60000")
+    process = start(tmp_path, program=program, temporary=tmp_path / "tmp")
     try:
-        wait_until(lambda: "capacity" in process.stderr.readline(), process)
-        pids = wait_until(lambda: family(process.pid, 2), process)  # a worker and the mock
-        with gone(pids):
-            wait_until(lambda: any(map(ignores_ctrl_c, pids)), process)
+        if when == "level":
+            wait_until(lambda: sockets_of(process.pid) >= 8, process)
+        else:
+            wait_until(lambda: records_in(tmp_path / "tmp"), process)
+        with gone(family(process.pid)):
             os.killpg(process.pid, signal.SIGINT)
             out, err = process.communicate(timeout=20)
     finally:
         process.kill()
     assert (process.returncode, out) == (130, "")
-    assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    assert [line for line in err.splitlines() if not line.startswith("llmbench: selftest: ")] == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["tmp"]
 
 
-def family(parent, count):
-    """The process ids of a process's children, when they are so many."""
+def records_in(directory):
+    """Whether a results file under it holds a record."""
+    return any(b"request_id" in path.read_bytes() for path in directory.rglob("results.jsonl"))
+
+
+def family(parent):
+    """The process ids of a process's children."""
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    children = [pid for pid in pids if (status_of(pid) or (0,))[0] == parent]
-    return len(children) == count and children
+    return [pid for pid in pids if (status_of(pid) or (0,))[0] == parent]
 
 
-def ignores_ctrl_c(pid):
-    """Whether a process ignores SIGINT, as a worker does once it has begun."""
-    status = Path("/proc/%d/status" % pid).read_text()
-    return int(re.search(r"^SigIgn:\s*([0-9a-f]+)", status, re.M).group(1), 16) >> (signal.SIGINT - 1) & 1
+def sockets_of(pid):
+    """How many established TCP connections a process has."""
+    inodes = set()
+    for name in os.listdir("/proc/%d/fd" % pid):
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink("/proc/%d/fd/%s" % (pid, name)))
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[3] == "01" and "socket:[%s]" % row[9] in inodes for row in rows)
