@@ -88,11 +88,6 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 if TYPE_CHECKING:
     import random  # imported where it is used: start-up matters
 
-try:
-    import resource
-except ImportError:  # not a POSIX system: open-file limits are what they are
-    resource = None  # type: ignore[assignment]
-
 __version__ = "1.0.0"
 
 # ==================================================================================================
@@ -4775,7 +4770,7 @@ def next_fails(page: Page, stage: StageView) -> Both:
                      failures=joined_texts(page.said("list.comma"), failures))
 
 
-def sentence_of_sweep(page: Page, stages: Sequence[StageView], stage: StageView) -> Both:
+def sentence_of_sweep(page: Page, stages: Sequence[StageView]) -> Both:
     """Up to which load every gate holds; where it isn't a question of "up to", which loads passed."""
     passing = [not view.failed_gates for view in stages]
     highest = passing.count(True)
@@ -4874,7 +4869,7 @@ def sentence(page: Page, summary: Mapping, stages: Sequence[StageView], stage: S
     if not total:
         return sentence_of_none(page, summary)
     if len(stages) > 1 and stage.gates:
-        return sentence_of_sweep(page, stages, stage)
+        return sentence_of_sweep(page, stages)
     if stage.successes < 20:
         return sentence_of_few(page, stage)
     if stage.requests.get("success_rate", 1.0) < 0.95:
@@ -5314,12 +5309,11 @@ def answered_curves(page: Page, stage: StageView) -> Optional[Chart]:
     return Chart(spec, page.said("finding.answered", figures=words), page.said("panel.answered.sub"))
 
 
-GAP_RATIO = math.log(1.01)
 
 
 def gap_edge(bucket: int) -> float:
     """The lower edge of a bucket of itl_hist in ms; bucket 0 holds everything below a microsecond."""
-    return 0.001 * math.exp((bucket - 1) * GAP_RATIO) if bucket else 0.0
+    return 0.001 * math.exp((bucket - 1) * LOG_STEP) if bucket else 0.0
 
 
 def gaps_below(buckets: Sequence[Tuple[int, int]]) -> Callable[[float], float]:
@@ -5522,7 +5516,7 @@ def spread(buckets: Buckets, spans: Iterable[Tuple[float, float, float]]) -> Lis
     return totals
 
 
-def time_spec(page: Page, buckets: Buckets, form: str, series: List[Dict], unit: Text) -> Dict:
+def time_spec(buckets: Buckets, form: str, series: List[Dict], unit: Text) -> Dict:
     """The specification of one chart over time; the script puts each value at the middle of its bucket."""
     return {"kind": "time", "form": form, "step": buckets.width / 1000.0, "number": buckets.number,
             "series": series, "y": unit}
@@ -5547,13 +5541,13 @@ def percentiles_over_time(page: Page, stage: StageView, buckets: Buckets, metric
     if len(kept) < 160:
         points = [rounded_to(number) for end, value in kept
                   for number in ((end - buckets.zero) / 1000, value / scale.divisor)]
-        spec = time_spec(page, buckets, "dots", [{"colour": "p95", "points": points}], scale.unit)
+        spec = time_spec(buckets, "dots", [{"colour": "p95", "points": points}], scale.unit)
         return Chart(spec, time_finding(page, title, points[1::2], scale.unit), page.said("panel.time.dots"))
     held = [sorted(values) for values in by_bucket(buckets, (end for end, _ in kept), (value for _, value in kept))]
     lines = [{"name": name.upper(), "colour": name, "values": [
         rounded_to(interpolated(values, share) / scale.divisor) if len(values) >= need else None for values in held]}
         for name, share, need in (("p95", 0.95, 10), ("p50", 0.50, 5))]
-    spec = time_spec(page, buckets, "line", lines, scale.unit)
+    spec = time_spec(buckets, "line", lines, scale.unit)
     return Chart(spec, time_finding(page, title, lines[1]["values"], scale.unit), page.said("panel.time.lines"))
 
 
@@ -5590,7 +5584,7 @@ def written_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optiona
         spans = list(written_spans(stage.rows, column))
         if spans:
             values = whole_buckets(stage, buckets, spread(buckets, spans))
-            spec = time_spec(page, buckets, "area", [{"colour": "a", "values": values}], page.said(unit))
+            spec = time_spec(buckets, "area", [{"colour": "a", "values": values}], page.said(unit))
             spec["title"] = page.said(title)
             return Chart(spec, time_finding(page, title, values, page.said(unit)))
     return None
@@ -5603,7 +5597,7 @@ def finished_over_time(page: Page, stage: StageView, buckets: Buckets) -> Option
     held = by_bucket(buckets, ends, itertools.repeat(1.0))
     values = whole_buckets(stage, buckets, [len(inside) for inside in held])
     unit = page.said("unit.requests_per_s")
-    spec = time_spec(page, buckets, "area", [{"colour": "a", "values": values}], unit)
+    spec = time_spec(buckets, "area", [{"colour": "a", "values": values}], unit)
     return Chart(spec, time_finding(page, "panel.time_requests", values, unit))
 
 
@@ -5613,7 +5607,7 @@ def flight_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optional
     spans = ((start, end, end - start) for start, end in zip(columns["start_ms"], columns["end_ms"])
              if start == start and end == end and end > start)
     values = [rounded_to(total / buckets.width) for total in spread(buckets, spans)]
-    spec = time_spec(page, buckets, "area", [{"colour": "ink3", "values": values[:max(1, len(values) - 1)]}],
+    spec = time_spec(buckets, "area", [{"colour": "ink3", "values": values[:max(1, len(values) - 1)]}],
                      page.said("axis.flight"))
     return Chart(spec, time_finding(page, "panel.time_flight", values, page.said("axis.flight")))
 
@@ -5625,7 +5619,7 @@ def failures_over_time(page: Page, stage: StageView, buckets: Buckets) -> Option
     if not ends:
         return None
     values = [len(inside) for inside in by_bucket(buckets, ends, itertools.repeat(1.0))]
-    spec = time_spec(page, buckets, "bar", [{"colour": "first", "values": values}], page.said("axis.requests"))
+    spec = time_spec(buckets, "bar", [{"colour": "first", "values": values}], page.said("axis.requests"))
     return Chart(spec, time_finding(page, "panel.time_failures", values, page.said("axis.requests")),
                  page.said("panel.time_failures.sub", n=count(len(ends))))
 
@@ -6227,7 +6221,7 @@ def page_language(header: Mapping) -> str:
     return "zh" if str(header.get("config", {}).get("lang", "en")).startswith("zh") else "en"
 
 
-def render_report(summary: Mapping, header: Mapping, rows: Sequence["Rows"], audits: Sequence[Mapping],
+def render_report(summary: Mapping, header: Mapping, rows: Sequence["Rows"],
                   end: Optional[Mapping], assets: Mapping[str, Union[bytes, str]]) -> str:
     """report.html, complete: from summary.json, the header of results.jsonl, the measured requests and the assets."""
     page, stages, charts = read_page(assets), stage_views(summary, rows), {}  # type: Page, List[StageView], Charts
@@ -6430,7 +6424,7 @@ def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[
     header = {**collector.header, "results_sha256": file_digest(os.path.join(directory, RESULTS))}
     stages = collector.rows()
     with WholeFile(os.path.join(directory, REPORT)) as file:
-        file.write(render_report(summary, header, stages, collector.audits, collector.end, assets))
+        file.write(render_report(summary, header, stages, collector.end, assets))
     return summary
 
 
@@ -6545,17 +6539,6 @@ def padded(text: str, width: int, right: bool) -> str:
     return blank + text if right else text + blank
 
 
-def significant(value: float) -> str:
-    """Three significant digits, thousands with a comma: 0.085, 1.39, 64.1, 903, 1,607."""
-    magnitude = abs(value)
-    if magnitude >= 999.5:
-        return "{:,.0f}".format(value)
-    for limit, digits in ((99.95, 0), (9.995, 1), (0.9995, 2)):
-        if magnitude >= limit:
-            return "%.*f" % (digits, value)
-    return "0" if magnitude == 0 else "%.3f" % value
-
-
 def short_duration(seconds: float) -> str:
     """m:ss, or h:mm:ss from an hour on."""
     whole = int(seconds + 0.5)
@@ -6598,12 +6581,12 @@ def progress_line(progress: Progress, texts: Mapping[str, str], now: float) -> s
     ttft = sorted(progress.ttft.copy().items())
     count = sum(n for _, n in ttft)
     if count:
-        figures = "/".join(significant(histogram_quantile(ttft, count, share)) for share in (0.5, 0.95))
+        figures = "/".join(figure(histogram_quantile(ttft, count, share)) for share in (0.5, 0.95))
         parts.append("TTFT P50/P95 %s ms" % figures)
     if progress.tokens:
-        parts.append("%s tok/s" % significant(progress.tokens / spent))
+        parts.append("%s tok/s" % figure(progress.tokens / spent))
     elif progress.chars:
-        parts.append("%s %s" % (significant(progress.chars / spent), texts["terminal.chars_per_s"]))
+        parts.append("%s %s" % (figure(progress.chars / spent), texts["terminal.chars_per_s"]))
     left = seconds_left(progress, now)
     if left is not None:
         parts.append(texts["terminal.left"].format(time=short_duration(left)))
@@ -6684,15 +6667,15 @@ def metric_rows(block: Mapping[str, Any], texts: Mapping[str, str]) -> List[List
         figures = block.get(name)
         if not figures or (name == "ttfe_ms" and figures == block.get("ttft_ms")):
             continue
-        marked = [significant(figures[key]) + ("†" if key in figures["limited"] else "") for key, _ in PERCENTILES]
+        marked = [figure(figures[key]) + ("†" if key in figures["limited"] else "") for key, _ in PERCENTILES]
         label = "%s, %s" % (texts.get("metric." + name, METRICS[name].label), METRICS[name].unit)
         rows.append(
-            [label] + marked + [significant(figures["mean"]), significant(figures["max"]), "{:,}".format(figures["n"])]
+            [label] + marked + [figure(figures["mean"]), figure(figures["max"]), "{:,}".format(figures["n"])]
         )
     return rows
 
 
-def headline_rows(block: Mapping[str, Any], tokens: Mapping[str, Any], texts: Mapping[str, str]) -> List[List[str]]:
+def headline_rows(block: Mapping[str, Any], texts: Mapping[str, str]) -> List[List[str]]:
     """Requests, success rate and throughput of a stage."""
     requests, throughput = block["requests"], block.get("throughput", {})
     counts = "{success:,}/{total:,}".format(**requests)
@@ -6706,13 +6689,13 @@ def headline_rows(block: Mapping[str, Any], tokens: Mapping[str, Any], texts: Ma
     for key in ("rps", "output_tokens_per_s", "steady_output_tokens_per_s"):
         if key in throughput:
             rows.append(
-                [texts.get("metric." + key, METRICS[key].label), significant(throughput[key]), METRICS[key].unit]
+                [texts.get("metric." + key, METRICS[key].label), figure(throughput[key]), METRICS[key].unit]
             )
     if "output_tokens_per_s" not in throughput and "output_chars_per_s" in throughput:
         rows.append(
-            [texts["terminal.chars"], significant(throughput["output_chars_per_s"]), texts["terminal.chars_per_s"]]
+            [texts["terminal.chars"], figure(throughput["output_chars_per_s"]), texts["terminal.chars_per_s"]]
         )
-    rows.append([texts["terminal.wall_time"], significant(block["wall_time_ms"] / 1000.0), "s"])
+    rows.append([texts["terminal.wall_time"], figure(block["wall_time_ms"] / 1000.0), "s"])
     return rows
 
 
@@ -6750,7 +6733,7 @@ def summary_lines(summary: Mapping[str, Any], texts: Mapping[str, str], paint: C
         streams = stage["load"].get("concurrency", 1)
         load = texts["terminal.load_one" if streams == 1 else "terminal.load"].format(streams=streams)
         lines += ["", paint("bold", load)]
-        for row in headline_rows(stage, summary["tokens"], texts):
+        for row in headline_rows(stage, texts):
             lines.append(
                 "  "
                 + padded(row[0], 22, False)

@@ -206,7 +206,7 @@ def header_of(rows, **changes):
 
 
 def made_run(stages, slo=(), state="VALID", reasons=(), **changes):
-    """Everything render_report takes but the assets: summary, header, rows, audits, end."""
+    """Everything render_report takes but the assets: summary, header, rows, end."""
     figures = [stage_summary(rows, slo) for rows in stages]
     summary = dict(figures[0])
     if len(stages) > 1:
@@ -216,7 +216,7 @@ def made_run(stages, slo=(), state="VALID", reasons=(), **changes):
                    verdict={"state": state, "reasons": list(reasons)},
                    client={"clock": "kernel", "lag_ms": {"p99": 0.081, "n": 5}, "ttft_slack_ms": {"p99": 0.42, "n": 5},
                            "cpu_percent": 11.0, "late_percent": 0.0, "processes": 1})
-    return summary, header_of(stages, **changes), stages, [], {"reason": "done"}
+    return summary, header_of(stages, **changes), stages, {"reason": "done"}
 
 
 GATES = (("success", "", ">=", 0.99), ("ttft", "p95", "<=", 800.0), ("ttft", "p99", "<=", 1500.0),

@@ -281,8 +281,8 @@ class TestSentences:
         assert "half of the answers began within" in text and "95 % within" not in text
 
     def test_a_run_that_was_cut_off_says_so(self):
-        summary, header, rows, audits, _ = made("healthy")[0]
-        assert "The run was cut off" in Page(llmbench.render_report(summary, header, rows, audits, None, assets())).text
+        summary, header, rows, _ = made("healthy")[0]
+        assert "The run was cut off" in Page(llmbench.render_report(summary, header, rows, None, assets())).text
         assert "The run was cut off" not in Page(made("healthy")[1]).text
 
     def test_without_verdict_there_is_no_band(self):
@@ -312,7 +312,7 @@ class TestSafety:
     """What came from outside is text; nothing is loaded; only our scripts run."""
 
     def hostile_page(self):
-        summary, header, rows, audits, end = json.loads(json.dumps(report_data.failing()[:2])) + list(
+        summary, header, rows, end = json.loads(json.dumps(report_data.failing()[:2])) + list(
             report_data.failing()[2:])
         long_sample = (HOSTILE * 1000)[:65536]
         for error in summary["stages"][0]["errors"]:
@@ -324,7 +324,7 @@ class TestSafety:
         for name in ("run_id", "host", "address", "os", "url", "model", "provider", "command", "tool_version"):
             header[name] = "javascript:" + HOSTILE
         header["config"]["prompts"] = {"source": HOSTILE, "count": 3}
-        return llmbench.render_report(summary, header, rows, audits, end, assets())
+        return llmbench.render_report(summary, header, rows, end, assets())
 
     def test_hostile_text_stays_text(self):
         text = self.hostile_page()

@@ -44,18 +44,19 @@ def lines_of(lines, texts, **config):
 
 
 @pytest.mark.parametrize("value,shown", [
-    (0, "0"), (0.0, "0"), (0.001, "0.001"), (0.0851, "0.085"), (0.5, "0.500"), (0.99949, "0.999"), (0.9996, "1.00"),
+    (0, "0"), (0.0, "0"), (0.0004, "<0.001"),
+    (0.001, "0.001"), (0.0851, "0.085"), (0.5, "0.500"), (0.99949, "0.999"), (0.9996, "1.00"),
     (1, "1.00"), (1.386, "1.39"), (9.99, "9.99"), (9.996, "10.0"), (64.12, "64.1"), (99.94, "99.9"), (99.96, "100"),
     (100, "100"), (903.4, "903"), (999.4, "999"), (999.6, "1,000"), (1607.2, "1,607"), (1234567.8, "1,234,568"),
     (-1.386, "-1.39"), (-1607, "-1,607"),
 ])  # fmt: skip
 def test_three_significant_digits(value, shown):
-    assert llmbench.significant(value) == shown
+    assert llmbench.figure(value) == shown
 
 
 def test_a_larger_number_never_looks_smaller():
     values = [0.001 * 1.01**step for step in range(1600)]
-    shown = [float(llmbench.significant(value).replace(",", "")) for value in values]
+    shown = [float(llmbench.figure(value).replace(",", "")) for value in values]
     assert shown == sorted(shown)
     assert all(abs(made / value - 1) < 0.006 for made, value in zip(shown, values) if value > 0.1)
 
