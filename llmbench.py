@@ -2074,7 +2074,9 @@ def sample_reasons(rows: Rows, stage: Mapping[str, Any], config: Mapping[str, An
         yield Reason("CAUTION", "cancelled", {"n": requests["cancelled"], "share": share})
     if requests["dropped"]:
         yield Reason("CAUTION", "dropped", {"n": requests["dropped"]})
-    if success:
+    if not success:
+        yield Reason("CAUTION", "nothing", {"n": requests["total"]})
+    else:
         limited = limited_names(success)
         if limited:
             yield Reason("CAUTION", "few", {"n": success, "names": ", ".join(name.upper() for name in limited)})

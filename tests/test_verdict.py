@@ -156,8 +156,9 @@ def test_a_reason_of_several_stages_stands_once_with_its_worst_values():
     assert llmbench.reason_said(TEXTS["en"], reason).startswith("1, 2 streams: A client process used 99.0 %")
 
 
-def test_a_run_without_any_success_says_nothing_of_percentiles():
-    assert verdict([*[FAILED] * 30, audit(), DONE]) == ("VALID", [])
+@pytest.mark.parametrize("lines", [[FAILED] * 30, []])
+def test_a_run_without_any_success_is_not_valid_and_says_nothing_of_percentiles(lines):
+    assert verdict([*lines, audit(), DONE]) == ("CAUTION", ["nothing"])
 
 
 def test_each_reason_in_the_code_has_its_text_and_each_text_its_reason():
