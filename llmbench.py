@@ -14,13 +14,15 @@ and a section uses only what stands above it (`grep -n '^# [0-9]' llmbench.py` l
  6. Statistics   records -> summary
  7. Load         which request belongs to which part, and when it is due
  8. Connection   sockets, TLS, arrival stamps, keep-alive
- 9. Runner       load + prompts + connections -> records
-10. Report       summary and rows -> one offline page
-11. Artifacts    records, summary <-> files
-12. Terminal     progress and tables
-13. Mock         the built-in server
-14. Check        what a run needs to know before it starts
-15. Commands     run, report, mock, providers; main()
+ 9. Exchange     one request from its first byte to its end
+10. Runner       load + prompts + connections -> records
+11. Processes    the same in several processes
+12. Report       summary and rows -> one offline page
+13. Artifacts    records, summary <-> files
+14. Terminal     progress and tables
+15. Mock         the built-in server
+16. Check        what a run needs to know before it starts
+17. Commands     run, report, mock, providers; main()
 """
 
 from __future__ import annotations
@@ -2814,14 +2816,11 @@ def wake_kernel_stamps() -> socket.socket:
                 keeper.recv(1)
     return keeper
 # ==================================================================================================
-# 9. Runner: load, prompts and connections to records
+# 9. Exchange: one request from its first byte to its end
 # ==================================================================================================
 #
-# `Exchange` is one request from its first byte to its end: arrived bytes with their times go in,
-# frames are taken from them, and what a record needs is kept. It knows no socket and no clock, so a
-# test feeds it like the wire would. `Runner` is the closed loop: each of N streams sends its next
-# request when the last one ended. Connections are opened before a phase's clock starts, so that the
-# first wave goes out at once. Records go to a sink that the runner is given, as each request ends.
+# Arrived bytes with their times go in, frames are taken from them, and what a record needs is kept:
+# `Exchange` knows no socket and no clock, so a test feeds it like the wire would.
 #
 # Hard cases, decided once:
 # - The end is reached at the finish reason or [DONE]. What follows (usage, terminator) is waited for
@@ -2829,16 +2828,8 @@ def wake_kernel_stamps() -> socket.socket:
 # - A stream with neither is truncated however cleanly its body ended, where the provider says that an
 #   end is required. One that ends well without any output is `empty`.
 # - An error frame ends the request as stream_error, whatever follows it.
-# - An idle connection that turns out dead before any byte of an answer is replaced once: `start` is
-#   taken anew and the record says `retried`.
-# - A 400 that our own fields may have caused gets one probe without them; when that works, what was
-#   refused is sent again, and the run says so.
 
 LINGER = 5.0  # s after the end for usage and terminator; s that an interrupt leaves what is in flight
-AUTH_FAILURES = 3  # refused in a row from the start: the token is wrong, and more requests won't mend it
-WRITE_BATCH = 8  # records that are written before the loop looks at its sockets again
-START_BATCH = 16  # streams of a first wave that start before the loop looks at what the others were sent
-BACK_OFF = 0.1  # s that a stream waits after a connection failed, so that a dead endpoint isn't hammered
 
 
 def may_begin_stream(begin: bytes) -> bool:
@@ -3234,6 +3225,26 @@ def event_text(event: Optional[Event]) -> Optional[str]:
     lines = ["data: " + line for line in data[:RAW_LIMIT].decode("utf-8", "replace").split("\n")]
     text = "\n".join((["event: " + kind] if kind != "message" else []) + lines)
     return text.encode("utf-8", "replace")[:RAW_LIMIT].decode("utf-8", "ignore")
+
+
+# ==================================================================================================
+# 10. Runner: load, prompts and connections to records
+# ==================================================================================================
+#
+# `Runner` is the closed loop: each of N streams sends its next request when the last one ended.
+# Connections are opened before a phase's clock starts, so that the first wave goes out at once.
+# Records go to a sink that the runner is given, as each request ends.
+#
+# Hard cases, decided once:
+# - An idle connection that turns out dead before any byte of an answer is replaced once: `start` is
+#   taken anew and the record says `retried`.
+# - A 400 that our own fields may have caused gets one probe without them; when that works, what was
+#   refused is sent again, and the run says so.
+
+AUTH_FAILURES = 3  # refused in a row from the start: the token is wrong, and more requests won't mend it
+WRITE_BATCH = 8  # records that are written before the loop looks at its sockets again
+START_BATCH = 16  # streams of a first wave that start before the loop looks at what the others were sent
+BACK_OFF = 0.1  # s that a stream waits after a connection failed, so that a dead endpoint isn't hammered
 
 
 @dataclass
@@ -3891,7 +3902,9 @@ def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
     return sorted((secret for secret in secrets if len(secret) > 3), key=len, reverse=True)
 
 
-# Processes.
+# ==================================================================================================
+# 11. Processes: a run in several processes
+# ==================================================================================================
 #
 # With several processes each is a part with a loop of its own, which appends its own records. They are
 # kept in step by messages over pipes: a worker says `ready` before each phase and waits for `go` with
@@ -4165,7 +4178,7 @@ def choose_processes(wanted: Union[int, str], streams: int) -> int:
 
 
 # ==================================================================================================
-# 10. Report: a summary and its rows to one offline page
+# 12. Report: a summary and its rows to one offline page
 # ==================================================================================================
 #
 # report.html is a function of the summary, the run's header and the measured requests in columns. Python writes the
@@ -6248,7 +6261,7 @@ def render_report(summary: Mapping, header: Mapping, rows: Sequence["Rows"],
 
 
 # ==================================================================================================
-# 11. Artifacts: records, summary <-> files
+# 13. Artifacts: records, summary <-> files
 # ==================================================================================================
 #
 # results.jsonl is the truth: a header line, a line for each finished request, an audit line for each
@@ -6500,7 +6513,7 @@ def mask_body(tree: Any, secrets: Sequence[str]) -> Any:
     return redact(tree, secrets) if isinstance(tree, str) else tree
 
 # ==================================================================================================
-# 12. Terminal: progress and tables
+# 14. Terminal: progress and tables
 # ==================================================================================================
 #
 # Progress goes to stderr: one live line on a terminal, a plain line every few seconds elsewhere. It is
@@ -6795,7 +6808,7 @@ def selftest_lines(result: Mapping[str, Any], texts: Mapping[str, str]) -> List[
 
 
 # ==================================================================================================
-# 13. Mock: a streaming chat server whose every pause is known
+# 15. Mock: a streaming chat server whose every pause is known
 # ==================================================================================================
 #
 # A benchmark is believed when it measures a server whose truth is known. This one speaks OpenAI chat over real loopback
@@ -7839,7 +7852,7 @@ class MockProcess:
 
 
 # ==================================================================================================
-# 14. Check: what a run needs to know before it starts
+# 16. Check: what a run needs to know before it starts
 # ==================================================================================================
 #
 # Questions that are asked of the endpoint before anything is measured, on a connection of their own
@@ -7988,7 +8001,7 @@ def find_selftest(host: str) -> Optional[Dict[str, Any]]:
 
 
 # ==================================================================================================
-# 15. Commands: run, report, providers, mock; main()
+# 17. Commands: run, report, providers, mock; main()
 # ==================================================================================================
 #
 # Flags are one table, RUN_FLAGS, from which the parser and `--help` are made and against which the

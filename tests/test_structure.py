@@ -22,16 +22,16 @@ if sys.version_info < (3, 8):
 
 # Which sections may name a module, a builtin or an attribute. What is not listed is free.
 FENCES: dict[str, set[str]] = {
-    "asyncio": {"Connection", "Runner", "Mock", "Check", "Commands"},
+    "asyncio": {"Connection", "Runner", "Processes", "Mock", "Check", "Commands"},
     "ssl": {"Connection", "Check"},
     "socket": {"Connection", "Artifacts", "Mock", "Check"},  # Artifacts: which host and address this is
     "selectors": {"Connection", "Mock"},
-    "multiprocessing": {"Runner", "Mock", "Commands"},
-    "signal": {"Runner", "Mock", "Commands"},
+    "multiprocessing": {"Processes", "Mock", "Commands"},
+    "signal": {"Processes", "Mock", "Commands"},
     "subprocess": {"Mock", "Check", "Commands"},
     "argparse": {"Mock", "Commands"},
     "random": {"Workload", "Statistics", "Load", "Report", "Mock"},  # always seeded
-    "time": {"Connection", "Runner", "Artifacts", "Terminal", "Mock", "Check", "Commands"},
+    "time": {"Connection", "Runner", "Processes", "Artifacts", "Terminal", "Mock", "Check", "Commands"},
     "print": {"Terminal", "Mock", "Check", "Commands"},
     "input": set(),
     "sys.stdout": {"Terminal", "Mock", "Check", "Commands"},
