@@ -178,6 +178,7 @@ class Record:
     scheduled_ms: Optional[float] = None
     start_ms: Optional[float] = None
     queue_ms: Optional[float] = None
+    capped_ms: Optional[float] = None
     connect_ms: Optional[float] = None
     ttfb_ms: Optional[float] = None
     ttfe_ms: Optional[float] = None
@@ -371,7 +372,10 @@ class Config:
     connect_timeout: float = 10.0
     ttft_timeout: Optional[float] = None
     idle_timeout: Optional[float] = None
-    concurrency: List[int] = field(default_factory=lambda: [1])
+    concurrency: List[int] = field(default_factory=lambda: [1])  # an open loop's cap; empty: none
+    rps: List[float] = field(default_factory=list)  # an open loop's rates; empty: a closed loop
+    arrival: str = "poisson"
+    ramp: Optional[float] = None
     total_requests: Optional[int] = None
     duration: Optional[float] = None
     grace: Optional[float] = None
@@ -396,21 +400,39 @@ class Config:
     lang: str = "en"
     run_id: str = ""
 
-    def requests_per_stage(self, concurrency: int) -> Optional[int]:
+    def requests_per_stage(self, streams: int, rate: Optional[float] = None) -> Optional[int]:
         """Measured requests of a stage, over all parts; None when only the duration ends it."""
         if self.total_requests is None and self.duration is None:
-            return max(10, 2 * concurrency)
+            return max(10, 2 * streams) if rate is None else max(20, math.ceil(10 * rate))
         return self.total_requests
 
 
 class Stage(NamedTuple):
-    """One steady load level of a run: its number, streams in flight, measured requests (None: until duration)."""
+    """One steady load level of a run.
+
+    concurrency: streams in flight; in an open loop the most that may be, 0: any number. total: measured
+    requests, None: until duration (s) is over. rps: requests due per second, None in a closed loop.
+    """
 
     index: int
     concurrency: int
     total: Optional[int]
     duration: Optional[float]
     warmup: int
+    rps: Optional[float] = None
+
+    @property
+    def load(self) -> Dict[str, float]:
+        """The load as summary.json names it: `{"concurrency": 8}`, or `{"rps": 4.0, "cap": 16}`."""
+        if self.rps is None:
+            return {"concurrency": self.concurrency}
+        return {"rps": self.rps, "cap": self.concurrency} if self.concurrency else {"rps": self.rps}
+
+    def described(self) -> Dict[str, Any]:
+        """The stage as its line in results.jsonl tells it."""
+        told = {"index": self.index, "load": self.load, "total": self.total, "duration": self.duration,
+                "warmup": self.warmup}  # fmt: skip
+        return {key: value for key, value in told.items() if value is not None}
 
 
 # Query parameters and headers whose values are never shown. A token inside a longer name counts too
@@ -2243,16 +2265,20 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     summary["verdict"] = judge(summary, rows)
     return summary
 # ==================================================================================================
-# 7. Load: which request belongs to which part, and at what load
+# 7. Load: which request belongs to which part, and when it is due
 # ==================================================================================================
 #
 # Pure arithmetic without a clock. Every part (a process p of P on host k of n) computes the whole
-# schedule and takes its share, so that parts agree without talking: host k takes the requests i with
-# i mod n = k, process p of those the ones with (i // n) mod P = p, and in the closed loop part j of m
-# runs c // m + (j < c mod m) streams. A request's number is also the last part of its id.
+# schedule and takes its share, so that parts agree without talking: host k takes the conversations i
+# with i mod n = k, process p of those the ones with (i // n) mod P = p, and in the closed loop part j
+# of m runs c // m + (j < c mod m) streams. Most conversations are a single request; then their number
+# is the request's, which is also the last part of its id.
 #
 # The numbers of a stage's requests begin with its warm-up: with 8 warm-up requests the measured ones
 # are 8, 9, 10, …, so that no two requests of a stage share a prompt prefix.
+#
+# In a closed loop a request is due when its stream is free. In an open loop the moments are drawn
+# beforehand, by the seed, and do not depend on how the endpoint does: `due_times`.
 
 
 class Part(NamedTuple):
@@ -2264,9 +2290,13 @@ class Part(NamedTuple):
     processes: int = 1
 
     def at(self, streams: int) -> Optional["Part"]:
-        """This part in a stage of so many streams, which are never fewer than processes; None: it sits out."""
-        processes = max(1, min(self.processes, streams // self.hosts))
+        """This part in a stage of so many streams (0: any number), never fewer than processes; None: it sits out."""
+        processes = max(1, min(self.processes, streams // self.hosts)) if streams else self.processes
         return self._replace(processes=processes) if self.process < processes else None
+
+    def takes(self, number: int) -> bool:
+        """Whether the conversation of this number is this part's."""
+        return number % self.hosts == self.host and number // self.hosts % self.processes == self.process
 
     @property
     def number(self) -> int:
@@ -2289,21 +2319,70 @@ def streams_of(part: Part, concurrency: int) -> int:
     return share + (part.number < rest)
 
 
-def indices_of(part: Part, first: int, last: Optional[int]) -> Iterator[int]:
-    """The request numbers of a part from `first` to before `last`, without end when `last` is None."""
-    index = first
+class Talk(NamedTuple):
+    """A conversation of a stage: its number, the number of its first request, and how many requests it takes."""
+
+    number: int
+    first: int
+    turns: int
+
+
+def talks_from(first: int, last: Optional[int], turns: Callable[[int], int]) -> Iterator[Talk]:
+    """The conversations whose requests are numbered from `first` to before `last`, without end when that is None.
+
+    `turns` gives the requests that a conversation takes; the last one is cut where the numbers end.
+
+    >>> [tuple(talk) for talk in talks_from(4, 9, lambda number: 2)]
+    [(4, 4, 2), (5, 6, 2), (6, 8, 1)]
+    """
+    number = index = first
     while last is None or index < last:
-        if index % part.hosts == part.host and index // part.hosts % part.processes == part.process:
-            yield index
-        index += 1
+        count = turns(number) if last is None else min(turns(number), last - index)
+        yield Talk(number, index, count)
+        number, index = number + 1, index + count
+
+
+def due_times(arrival: str, rate: float, seed: str) -> Iterator[float]:
+    """The moments at which an open loop's conversations are due, in s from the phase's beginning, without end.
+
+    arrival: `constant` (every 1/rate s from 0 on), `poisson` (exponential gaps, as many independent users make
+    them), or `gamma:SHAPE` (gamma gaps of the same mean: burstier below shape 1, more even above).
+
+    >>> [round(moment, 2) for moment in itertools.islice(due_times("constant", 4, ""), 3)]
+    [0.0, 0.25, 0.5]
+    """
+    import random
+
+    if arrival == "constant":
+        yield from (number / rate for number in itertools.count())
+    chance = random.Random(seed)  # of a text: the same on every Python
+    shape = float(arrival.partition(":")[2] or 1.0)
+    moment = 0.0
+    while True:
+        gap = -math.log(1.0 - chance.random()) if shape == 1.0 else chance.gammavariate(shape, 1.0 / shape)
+        moment += gap / rate
+        yield moment
+
+
+def ramp_delay(part: Part, stream: int, concurrency: int, ramp: Optional[float]) -> float:
+    """When a part's stream begins after its phase, in s, so that all streams of the run begin evenly over `ramp`.
+
+    >>> [ramp_delay(Part(process=1, processes=2), stream, 4, 8.0) for stream in range(2)]
+    [2.0, 6.0]
+    """
+    return (ramp or 0.0) * (part.number + stream * part.parts) / concurrency
 
 
 def plan_stages(config: Config) -> List[Stage]:
     """The stages that a configuration asks for, in order."""
+    cap = config.concurrency[0] if config.concurrency else 0
+    loads = [(cap, rate) for rate in config.rps] or [(streams, None) for streams in config.concurrency]
     return [
-        Stage(number, streams, config.requests_per_stage(streams), config.duration, config.warmup)
-        for number, streams in enumerate(config.concurrency)
+        Stage(number, streams, config.requests_per_stage(streams, rate), config.duration, config.warmup, rate)
+        for number, (streams, rate) in enumerate(loads)
     ]
+
+
 # ==================================================================================================
 # 8. Connection: sockets, TLS, and the moment at which bytes arrived
 # ==================================================================================================
@@ -2376,14 +2455,30 @@ class StampedSocket(socket.socket):
         self.stamp = 0.0
 
 
-class Poll(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
+class ExactSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+    """A selector whose time-outs are exact: epoll rounds up to milliseconds, select on the epoll descriptor doesn't."""
+
+    exact = selectors.DefaultSelector.__name__ == "EpollSelector"
+
+    def select(self, timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
+        """As in selectors; the second question is asked only where `exact` makes it worth its while."""
+        wait = timeout and timeout > 0 and self.exact
+        if wait and not select.select([self.fileno()], [], [], timeout)[0]:
+            return []
+        return super().select(timeout)
+
+
+class Poll(ExactSelector):
     """The loop's selector, which knows when it last looked and how far apart the two clocks are.
 
     returned: when the last poll returned. look: since when what it brought can have arrived, if a poll that
     had to wait was woken in time; else `before`.
     offset: CLOCK_MONOTONIC - CLOCK_REALTIME in s. polls, longest: how often it was asked, and the
-    longest time between a return and the next poll, which is the loop's own delay.
+    longest time between a return and the next poll, which is the loop's own delay. exact: whether timers
+    must not be late by up to a millisecond, as in an open loop.
     """
+
+    exact = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -3231,9 +3326,12 @@ def event_text(event: Optional[Event]) -> Optional[str]:
 # 10. Runner: load, prompts and connections to records
 # ==================================================================================================
 #
-# `Runner` is the closed loop: each of N streams sends its next request when the last one ended.
-# Connections are opened before a phase's clock starts, so that the first wave goes out at once.
-# Records go to a sink that the runner is given, as each request ends.
+# `Runner` knows two kinds of load. In a closed loop each of N streams sends its next request when the
+# last one ended. In an open loop a request goes out when it is due, on a stream that is free or a new
+# one, however the endpoint does; under a cap it waits in a queue, which its record tells apart from
+# our own delay (`capped_ms`), and what never got out is recorded as dropped. Connections are opened
+# before a phase's clock starts, so that the first wave goes out at once. Records go to a sink that the
+# runner is given, as each request ends.
 #
 # Hard cases, decided once:
 # - An idle connection that turns out dead before any byte of an answer is replaced once: `start` is
@@ -3245,6 +3343,8 @@ AUTH_FAILURES = 3  # refused in a row from the start: the token is wrong, and mo
 WRITE_BATCH = 8  # records that are written before the loop looks at its sockets again
 START_BATCH = 16  # streams of a first wave that start before the loop looks at what the others were sent
 BACK_OFF = 0.1  # s that a stream waits after a connection failed, so that a dead endpoint isn't hammered
+OPEN_AHEAD = 64  # connections that an open loop without a cap opens at most before it begins
+SPARE_STREAMS = 4  # of an open loop: idle connections at hand, so that the next request need not open its own
 
 
 @dataclass
@@ -3261,31 +3361,53 @@ class Progress:
     done: int = 0
     ok: int = 0
     failed: int = 0
+    dropped: int = 0
     in_flight: int = 0
     tokens: int = 0
     chars: int = 0
     ttft: Dict[int, int] = field(default_factory=dict)  # log-scaled histogram
     note: str = ""
+    rps: Optional[float] = None
+    waiting: int = 0  # due, but held back by the cap
+
+
+class Phase(NamedTuple):
+    """The warm-up or the measurement of a stage, as one part runs it."""
+
+    stage: Stage
+    name: str  # "warmup" or "measure"
+    part: Part
+    talks: Iterator[Talk]
+    began: float
+    deadline: Optional[float]  # when it stops to start requests
 
 
 class Job(NamedTuple):
-    """One request to be made: its number and what is sent."""
+    """One request to be made: the prompt as it is sent, and its bytes."""
 
-    index: int
-    prompt: Prompt
+    sent: Prompt
     request_id: str
     payload: bytes
     in_bytes: int
     version: int
 
 
+class Due(NamedTuple):
+    """A conversation of an open loop that is due; job: its first request, where it was made ahead."""
+
+    talk: Talk
+    moment: float
+    job: Optional[Job] = None
+
+
 @dataclass
 class Stream:
-    """One of the N that a closed loop keeps busy: its connection, and what it is doing."""
+    """One of those that a load keeps busy: its connection, and what it is doing."""
 
     number: int
     connection: Optional[Connection] = None
     exchange: Optional[Exchange] = None
+    talk: Optional[Talk] = None  # the first one, made ready before the clock starts
     job: Optional[Job] = None
     task: Optional[asyncio.Task] = None
     opening: bool = False
@@ -3338,16 +3460,24 @@ class Runner:
         self._accepted = -1  # the version of the dialect that the endpoint took
         self._ahead: Optional[asyncio.Future] = None  # connections being opened before a phase
         self._sleepers: set = set()
+        self._tasks: Set[asyncio.Task] = set()  # of an open loop
+        self._opening = False  # a spare connection
+        self._idle: List[Stream] = []  # of an open loop: the last one in is the first one out
+        self._backlog: Deque[Due] = collections.deque()  # of an open loop: due, but held back by the cap
 
-    async def run(self, stages: Sequence[Stage]) -> None:
+    async def run(self, stages: Iterable[Stage]) -> None:
         """All stages in order; returns when the last record is written."""
+        self.begin()
+        for stage in stages:
+            if self.stopping:
+                break
+            await self.run_stage(stage)
+
+    def begin(self) -> None:
+        """Before the first stage, inside the loop: what ties the run to the clocks."""
         self.zero = self.zero or clock()
         self.epoch = time.time() - clock()
         self._dialect_lock = asyncio.Lock()
-        self.progress.stages = len(stages)
-        for stage in stages:
-            if not self.stopping:
-                await self._run_stage(stage)
 
     def stop(self, reason: str, patience: Optional[float] = LINGER) -> None:
         """Starts nothing new; what is in flight gets `patience` seconds (None: as long as it takes)."""
@@ -3371,53 +3501,77 @@ class Runner:
 
     # One stage.
 
-    async def _run_stage(self, stage: Stage) -> None:
+    async def run_stage(self, stage: Stage) -> None:
+        """Warm-up and measurement of one stage."""
         part = self.part.at(stage.concurrency)
-        self._streams = [Stream(number) for number in range(streams_of(part, stage.concurrency) if part else 0)]
+        streams = streams_of(part, stage.concurrency or self._open_ahead_of(stage)) if part else 0
+        self._streams = [Stream(number) for number in range(streams)]
+        self._idle, self._backlog = [], collections.deque()
         self.lags = {}
+        self.poll.exact = ExactSelector.exact and stage.rps is not None
+        if self.part.number == 0:
+            self.sink({"stage": stage.described()})
         try:
-            for phase, first, total in (("warmup", 0, stage.warmup), ("measure", stage.warmup, stage.total)):
+            for name, first, total in (("warmup", 0, stage.warmup), ("measure", stage.warmup, stage.total)):
                 if total != 0 and not self.stopping:
-                    await self._run_phase(stage, phase, part, first, total)
+                    await self._run_phase(stage, name, part, first, total)
         finally:
             for stream in self._streams:
                 if stream.connection is not None:
                     stream.connection.close()
             await asyncio.sleep(0)  # lets the transports close their sockets
 
-    async def _run_phase(
-        self, stage: Stage, phase: str, part: Optional[Part], first: int, total: Optional[int]
-    ) -> None:
+    @staticmethod
+    def _open_ahead_of(stage: Stage) -> int:
+        """The connections that an open loop without a cap begins with: those of a second's requests."""
+        return max(SPARE_STREAMS, min(OPEN_AHEAD, math.ceil(stage.rps or 0)))
+
+    def _talks(self, part: Optional[Part], first: int, total: Optional[int]) -> Iterator[Talk]:
+        """This part's conversations of a phase."""
+        talks = talks_from(first, None if total is None else first + total, lambda number: 1)
+        return (talk for talk in talks if part.takes(talk.number)) if part is not None else iter(())
+
+    async def _run_phase(self, stage: Stage, name: str, part: Optional[Part], first: int, total: Optional[int]) -> None:
         self._ending = False
-        indices = indices_of(part, first, None if total is None else first + total) if part else iter(())
-        for stream in self._streams:
-            stream.job = self._next_job(stage, indices)
-        busy = [stream for stream in self._streams if stream.job is not None]
-        await self._open_ahead(busy)
+        talks = self._talks(part, first, total)
+        busy = self._streams
+        if stage.rps is None:
+            for stream in self._streams:
+                stream.talk = next(talks, None)
+                stream.job = self._first_job(stage, stream.talk) if stream.talk is not None else None
+            busy = [stream for stream in self._streams if stream.talk is not None]
+        await self._open_connections(busy)
         began = await self._begin_together()
-        audit = Audit(began, self.poll) if phase == "measure" else None
-        self._show_phase(stage, phase, began)
-        deadline = began + stage.duration if stage.duration is not None and phase == "measure" else None
+        audit = Audit(began, self.poll) if name == "measure" else None
+        self._show_phase(stage, name, began)
+        deadline = began + stage.duration if stage.duration is not None and name == "measure" else None
+        phase = Phase(stage, name, part or self.part, talks, began, deadline)
         grace = self._end_at(deadline)
-        await self._run_streams(busy, lambda stream: self._keep_busy(stream, stage, phase, indices, began, deadline))
+        load = self._keep_busy(phase, busy) if stage.rps is None else self._send_when_due(phase)
+        await self._run_load(load)
         if grace is not None:
             grace.cancel()
         if audit is not None and part is not None:
-            self.sink({"audit": audit.finish(clock(), stage.index, self.part.number, self.progress.done, self.lags)})
+            audited = audit.finish(clock(), stage.index, self.part.number, self.progress, self.lags)
+            self.sink({"audit": audited})
 
-    async def _run_streams(self, busy: Sequence[Stream], life: Callable[[Stream], Coroutine[Any, Any, None]]) -> None:
-        """Lets all streams live to their ends, and writes what they finish."""
-        loop = asyncio.get_event_loop()
-        writer = loop.create_task(self._write_finished())
-        for number, stream in enumerate(busy):
-            stream.task = loop.create_task(life(stream))
-            if number % START_BATCH == START_BATCH - 1:
-                await asyncio.sleep(0)
+    async def _run_load(self, load: Coroutine[Any, Any, None]) -> None:
+        """Lets a load run to its end, and writes what it finishes."""
+        writer = asyncio.get_event_loop().create_task(self._write_finished())
         try:
-            if busy:
-                await self._wait_for([stream.task for stream in busy])  # type: ignore[misc]
+            await load
         finally:
             await self._finish_writing(writer)
+
+    async def _keep_busy(self, phase: Phase, busy: Sequence[Stream]) -> None:
+        """The closed loop."""
+        loop = asyncio.get_event_loop()
+        for number, stream in enumerate(busy):
+            stream.task = loop.create_task(self._live(stream, phase))
+            if number % START_BATCH == START_BATCH - 1:
+                await asyncio.sleep(0)
+        if busy:
+            await self._wait_for([stream.task for stream in busy])  # type: ignore[misc]
 
     async def _begin_together(self) -> float:
         """The moment at which a phase begins: now, or with other parts when all of them are ready."""
@@ -3444,19 +3598,21 @@ class Runner:
         grace = self.config.timeout if self.config.grace is None else self.config.grace
         return asyncio.get_event_loop().call_at(deadline + grace, self.cancel, "past the grace of %gs" % grace)
 
-    def _show_phase(self, stage: Stage, phase: str, began: float) -> None:
-        total = stage.warmup if phase == "warmup" else stage.total
+    def _show_phase(self, stage: Stage, name: str, began: float) -> None:
+        total = stage.warmup if name == "warmup" else stage.total
         part = self.part.at(stage.concurrency)
         share = total
         if total is not None and self.part.parts > 1:
-            share = sum(1 for _ in indices_of(part, 0, total)) if part is not None else 0
-        fresh = Progress(stage.index, self.progress.stages, stage.concurrency, phase, share, stage.duration, began)
+            share = sum(talk.turns for talk in self._talks(part, 0, total))
+        fresh = Progress(
+            stage.index, self.progress.stages, stage.concurrency, name, share, stage.duration, began, rps=stage.rps
+        )
         fresh.note = self.progress.note
         self.progress.__dict__.update(fresh.__dict__)
 
-    async def _open_ahead(self, busy: Sequence[Stream]) -> None:
+    async def _open_connections(self, streams: Sequence[Stream]) -> None:
         """Opens the streams' connections before the clock starts; what fails here fails again, as a record."""
-        missing = [stream for stream in busy if stream.connection is None or not stream.connection.open]
+        missing = [stream for stream in streams if stream.connection is None or not stream.connection.open]
         gate = asyncio.Semaphore(64)  # a listener's backlog is often 128
         failed: List[Stream] = []
 
@@ -3474,22 +3630,144 @@ class Runner:
                 await self._ahead
             self._ahead = None
 
-    async def _keep_busy(
-        self, stream: Stream, stage: Stage, phase: str, indices: Iterator[int], due: float, deadline: Optional[float]
-    ) -> None:
-        """The life of a stream: one request after the other until there is none, the time is up or the run stops."""
-        while not self.stopping and (deadline is None or due < deadline):
-            job = stream.job or self._next_job(stage, indices)
-            stream.job = None
-            if job is None:
+    def _may_start(self, phase: Phase, moment: float) -> bool:
+        """Whether a request may still begin at a moment."""
+        return not self.stopping and (phase.deadline is None or moment < phase.deadline)
+
+    async def _live(self, stream: Stream, phase: Phase) -> None:
+        """The life of a closed loop's stream: one conversation after the other until there is none or time is up."""
+        delay = ramp_delay(phase.part, stream.number, phase.stage.concurrency, self.config.ramp)
+        due = phase.began + delay
+        if delay and self._may_start(phase, due):
+            await self._pause(due - clock())
+        while self._may_start(phase, due):
+            talk = stream.talk or next(phase.talks, None)
+            stream.talk = None
+            if talk is None:
                 return
-            self.progress.in_flight += 1
-            record, attempt = await self._perform(stream, stage, phase, job, due)
-            self.progress.in_flight -= 1
-            self._hand_over(record, attempt, due)
-            if attempt is None and not self.stopping:
-                await self._pause(BACK_OFF)
-            due = clock() if attempt is None else attempt.freed
+            due = await self._converse(stream, phase, talk, due)
+
+    async def _converse(self, stream: Stream, phase: Phase, talk: Talk, due: float, capped: float = 0.0) -> float:
+        """The requests of a conversation, each when the one before it was answered; when its stream became free."""
+        job = stream.job or self._first_job(phase.stage, talk)
+        stream.job = None
+        self.progress.in_flight += 1
+        record, attempt = await self._perform(stream, phase, job, due)
+        self.progress.in_flight -= 1
+        if capped > 0.0:
+            record.capped_ms = milliseconds(capped)
+        self._hand_over(record, attempt, due)
+        if attempt is None and not self.stopping:
+            await self._pause(BACK_OFF)
+        return clock() if attempt is None else attempt.freed
+
+    # The open loop.
+
+    async def _send_when_due(self, phase: Phase) -> None:
+        """Sends each request when it is due; returns when the last one is over."""
+        self._idle = self._streams[::-1]
+        for due in self._dues(phase):
+            await self._pause(due.moment - clock())
+            if not self._may_start(phase, due.moment):
+                break
+            stream = self._free_stream(phase)
+            if stream is None:
+                self._backlog.append(due._replace(job=None))  # the queue may become long: it holds no bodies
+                self.progress.waiting = len(self._backlog)
+            else:
+                stream.task = self._start(self._serve(stream, phase, due))
+                self._keep_spares(phase)
+        if phase.deadline is not None and self._backlog:
+            await self._pause(phase.deadline - clock())
+            self._drop_backlog(phase, "the duration was over")
+        if self._tasks:
+            await self._wait_for(list(self._tasks))
+        self._drop_backlog(phase, "the run was stopped")
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
+        """A task that is forgotten when it ends well; one that fails ends the run, and is asked why at the end."""
+        task = asyncio.get_event_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task) -> None:
+        if task.cancelled() or task.exception() is None:
+            self._tasks.discard(task)
+        else:
+            self.stop("failed", 0.0)
+
+    def _dues(self, phase: Phase) -> Iterator[Due]:
+        """This part's conversations with the moments at which they are due; each is made ready ahead of its own."""
+        stage, name = phase.stage, phase.name
+        seed = "arrival %d %d %s" % (self.config.seed, stage.index, name)
+        offsets = due_times(self.config.arrival, stage.rps, seed)  # type: ignore[arg-type]
+        number = 0 if name == "warmup" else stage.warmup  # of the next offset
+        for talk in phase.talks:
+            moment = phase.began + next(itertools.islice(offsets, talk.number - number, None))
+            number = talk.number + 1
+            if phase.deadline is not None and moment >= phase.deadline:
+                return
+            yield Due(talk, moment, self._first_job(stage, talk))
+
+    def _has_room(self, phase: Phase) -> bool:
+        """Whether another stream is allowed."""
+        cap = phase.stage.concurrency
+        return not cap or len(self._streams) < streams_of(phase.part, cap)
+
+    def _add_stream(self) -> Stream:
+        stream = Stream(len(self._streams))
+        self._streams.append(stream)
+        return stream
+
+    def _free_stream(self, phase: Phase) -> Optional[Stream]:
+        """A stream that may send now: an idle one, if possible with an open connection, or a new one."""
+        idle = self._idle
+        for position in range(len(idle) - 1, -1, -1):
+            connection = idle[position].connection
+            if connection is not None and connection.open:
+                return idle.pop(position)
+        if idle:
+            return idle.pop()
+        return self._add_stream() if self._has_room(phase) else None
+
+    def _keep_spares(self, phase: Phase) -> None:
+        """Opens a connection ahead when few idle ones are left: opening it when a request is due would delay that."""
+        if len(self._idle) < SPARE_STREAMS and self._has_room(phase) and not self._opening:
+            self._opening = True
+            self._start(self._open_spare())
+
+    async def _open_spare(self) -> None:
+        stream = self._add_stream()
+        with contextlib.suppress(RequestError):  # the request that needs it will fail again, as a record
+            stream.connection = await self.network.open()
+        self._opening = False
+        self._idle.append(stream)
+
+    async def _serve(self, stream: Stream, phase: Phase, due: Optional[Due]) -> None:
+        """One stream of an open loop: the conversation that is due, then those that wait in the queue."""
+        capped = 0.0
+        while due is not None:
+            stream.job = due.job
+            freed = await self._converse(stream, phase, due.talk, due.moment, capped)
+            due = None
+            if self._backlog and self._may_start(phase, clock()):
+                due = self._backlog.popleft()
+                self.progress.waiting = len(self._backlog)
+                capped = freed - due.moment
+        self._idle.append(stream)
+
+    def _drop_backlog(self, phase: Phase, why: str) -> None:
+        """Records what waits in the queue as dropped."""
+        while self._backlog:
+            due = self._backlog.popleft()
+            for number in range(due.talk.turns):
+                request_id = self._request_id(phase.stage, due.talk.first + number)
+                record = self._new_record(phase, request_id, self._prompt_of(due.talk))
+                record.status, record.err = "dropped", "due, but never sent: " + why
+                record.scheduled_ms = milliseconds(due.moment - self.zero)
+                self._finish_record(record)
+        self.progress.waiting = 0
 
     def _hand_over(self, record: Record, attempt: Optional[Attempt], due: float) -> None:
         """Writes a finished request's record at once; when many end in one turn of the loop, those behind wait."""
@@ -3535,6 +3813,9 @@ class Runner:
             self._write_next()
 
     async def _pause(self, seconds: float) -> None:
+        """Sleeps, if only for a turn of the loop, until the time is over or the run is stopped."""
+        if self.stopping:
+            return
         sleeper = asyncio.ensure_future(asyncio.sleep(seconds))
         self._sleepers.add(sleeper)
         try:
@@ -3546,29 +3827,32 @@ class Runner:
 
     # One request.
 
-    def _next_job(self, stage: Stage, indices: Iterator[int]) -> Optional[Job]:
-        index = next(indices, None)
-        if index is None:
-            return None
-        return self._make_job(
-            stage, index, "%s-%d-%d" % (self.config.run_id, stage.index, index), self.provider.dialect
-        )
+    def _request_id(self, stage: Stage, index: int) -> str:
+        return "%s-%d-%d" % (self.config.run_id, stage.index, index)
 
-    def _make_job(self, stage: Stage, index: int, request_id: str, dialect: Dialect) -> Job:
-        prompt = self.prompts[index % len(self.prompts)]
+    def _prompt_of(self, talk: Talk) -> Prompt:
+        return self.prompts[talk.number % len(self.prompts)]
+
+    def _first_job(self, stage: Stage, talk: Talk) -> Job:
+        """The first request of a conversation."""
+        prompt, request_id = self._prompt_of(talk), self._request_id(stage, talk.first)
         sent = make_unique(prompt, request_id) if self.config.unique else prompt
+        return self._make_job(sent, request_id, self.provider.dialect)
+
+    def _make_job(self, sent: Prompt, request_id: str, dialect: Dialect) -> Job:
         request = self.provider.request(sent, self.endpoint, request_id, dialect)
         payload = encode_request("POST", request.target, request.headers, request.body)
-        return Job(index, prompt, request_id, payload, len(request.body), dialect.version)
+        return Job(sent, request_id, payload, len(request.body), dialect.version)
 
-    async def _perform(
-        self, stream: Stream, stage: Stage, phase: str, job: Job, due: float
-    ) -> Tuple[Record, Optional[Attempt]]:
+    def _new_record(self, phase: Phase, request_id: str, prompt: Prompt) -> Record:
+        return Record(request_id, prompt.id, phase.name, phase.stage.index, provider=self.provider.name)
+
+    async def _perform(self, stream: Stream, phase: Phase, job: Job, due: float) -> Tuple[Record, Optional[Attempt]]:
         """One request, sent again after a dead idle connection or in another dialect.
 
         Returns its record, and the attempt that still has to be filled into it; None when it was never sent.
         """
-        record = Record(job.request_id, job.prompt.id, phase, stage.index, provider=self.provider.name)
+        record = self._new_record(phase, job.request_id, job.sent)
         record.scheduled_ms = milliseconds(due - self.zero)
         record.in_bytes = job.in_bytes
         while True:
@@ -3587,7 +3871,7 @@ class Runner:
                 record.retried = True
                 continue
             if exchange.status == "http_error" and exchange.reader.head.status == 400:  # type: ignore[union-attr]
-                again = await self._negotiate(stage, job, exchange)
+                again = await self._negotiate(phase.stage, job, exchange)
                 if again is not None:
                     job = again
                     record.in_bytes = job.in_bytes
@@ -3642,7 +3926,7 @@ class Runner:
                     self.progress.note = candidate.notes[-1]
             if dialect.version == job.version or self._closing():
                 return None
-        return self._make_job(stage, job.index, job.request_id, self.provider.dialect)
+        return self._make_job(job.sent, job.request_id, self.provider.dialect)
 
     async def _find_dialect(self, stage: Stage, job: Job, refusal: bytes) -> Optional[Dialect]:
         """Gives up one field after the other, as the refusals name them, until a probe is taken."""
@@ -3662,8 +3946,8 @@ class Runner:
     async def _probe(self, stage: Stage, job: Job, candidate: Dialect) -> Optional[Exchange]:
         """One request in another dialect, recorded in phase `probe`; None when it could not be sent."""
         request_id = "%s-%d-probe-%d-%d" % (self.config.run_id, stage.index, self.part.number, candidate.version)
-        probe = self._make_job(stage, job.index, request_id, candidate)
-        record = Record(request_id, job.prompt.id, "probe", stage.index, provider=self.provider.name)
+        probe = self._make_job(job.sent, request_id, candidate)
+        record = Record(request_id, job.sent.id, "probe", stage.index, provider=self.provider.name)
         stream, due, exchange = Stream(-1, task=asyncio.current_task()), clock(), None
         record.scheduled_ms, record.in_bytes = milliseconds(due - self.zero), probe.in_bytes
         self._streams.append(stream)
@@ -3792,6 +4076,7 @@ class Runner:
         progress.done += 1
         progress.ok += record.status == "ok"
         progress.failed += record.status != "ok" and record.status not in NOT_JUDGED
+        progress.dropped += record.status == "dropped"
         progress.tokens += record.out_tokens or 0
         progress.chars += record.out_chars or 0
         if record.ttft_ms is not None and record.status == "ok":
@@ -3837,7 +4122,9 @@ class Audit:
         self._polls = poll.polls
         poll.longest = 0.0
 
-    def finish(self, now: float, stage: int, part: int, started: int, lags: Mapping[int, int]) -> Dict[str, Any]:
+    def finish(
+        self, now: float, stage: int, part: int, progress: Progress, lags: Mapping[int, int]
+    ) -> Dict[str, Any]:
         """The audit line's content."""
         wall = now - self._began
         return {
@@ -3847,7 +4134,9 @@ class Audit:
             "cpu_percent": round(100.0 * (time.process_time() - self._cpu) / wall, 2) if wall > 0 else 0.0,
             "polls": self._poll.polls - self._polls,
             "loop_delay_max_ms": milliseconds(self._poll.longest),
-            "started": started,
+            "due": progress.done,
+            "started": progress.done - progress.dropped,
+            "dropped": progress.dropped,
             "lag_hist": dict(lags),
         }
 
@@ -3907,10 +4196,11 @@ def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
 # ==================================================================================================
 #
 # With several processes each is a part with a loop of its own, which appends its own records. They are
-# kept in step by messages over pipes: a worker says `ready` before each phase and waits for `go` with
-# the moment at which the phase begins (CLOCK_MONOTONIC is the machine's, so they share it). Process and
-# Pipe only: Queue and Pool need /dev/shm, which a locked-down host may lack. The start method is named:
-# fork where there is one, as it costs nothing and needs no import; no thread runs yet when it happens.
+# kept in step by messages over pipes: a worker says `next` and waits for the stage to run (none: it is
+# over); it says `ready` before each phase and waits for `go` with the moment at which the phase begins
+# (CLOCK_MONOTONIC is the machine's, so they share it). Process and Pipe only: Queue and Pool need
+# /dev/shm, which a locked-down host may lack. The start method is named: fork where there is one, as it
+# costs nothing and needs no import; no thread runs yet when it happens.
 
 HEAD_START = 0.02  # s between `go` and the beginning of a phase: every worker has read it by then
 CANCEL_PATIENCE = 2.0  # s that a cancelled worker has to write its records
@@ -3933,7 +4223,7 @@ class Worker:
     def __init__(self, pipe: Any, plan: WorkerPlan) -> None:
         self._pipe = pipe
         self._plan = plan
-        self._go: Optional[asyncio.Future] = None
+        self._answer: Optional[asyncio.Future] = None  # to what was asked last
 
     def run(self) -> None:
         """The whole life of the process."""
@@ -3954,7 +4244,7 @@ class Worker:
         self._report_progress()
         gc.freeze()
         try:
-            self._loop.run_until_complete(runner.run(plan_stages(plan.config)))
+            self._loop.run_until_complete(self._run_stages())
             self._tell()
             self._send("end", {"notes": provider.dialect.notes})
         except WriteError as error:
@@ -3963,13 +4253,26 @@ class Worker:
         finally:
             sink.close()
 
+    async def _run_stages(self) -> None:
+        self._runner.begin()
+        while True:
+            stage = await self._ask("next")
+            if stage is None:
+                return
+            await self._runner.run_stage(stage)
+
     async def _together(self) -> float:
         """Waits until every worker is ready; returns when the phase begins."""
-        if self._runner.stopping:  # nothing begins any more, and who watches may be gone
-            return clock()
-        self._go = self._loop.create_future()
-        self._send("ready", None)
-        return await self._go
+        moment = await self._ask("ready")
+        return clock() if moment is None else moment
+
+    async def _ask(self, what: str) -> Any:
+        """The watching process's answer; None when nothing begins any more."""
+        if self._runner.stopping:  # who watches may be gone
+            return None
+        self._answer = self._loop.create_future()
+        self._send(what, None)
+        return await self._answer
 
     def _receive(self) -> None:
         try:
@@ -3982,15 +4285,15 @@ class Worker:
         elif kind == "cancel":
             self._runner.cancel(value)
         else:
-            self._begin(value)
+            self._give(value)
 
     def _stop(self, reason: str, patience: float) -> None:
         self._runner.stop(reason, patience)
-        self._begin(clock())  # a worker that waits for the others must not wait on
+        self._give(None)  # a worker that waits for the others must not wait on
 
-    def _begin(self, moment: float) -> None:
-        if self._go is not None and not self._go.done():
-            self._go.set_result(moment)
+    def _give(self, answer: Any) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(answer)
 
     def _report_progress(self) -> None:
         self._tell()
@@ -4021,15 +4324,16 @@ def start_method() -> str:
 class Crew:
     """Watches over the worker processes of a run: starts them, keeps them in step, adds up their progress."""
 
-    def __init__(self, plans: Sequence[WorkerPlan], progress: Progress) -> None:
+    def __init__(self, plans: Sequence[WorkerPlan], stages: Iterable[Stage], progress: Progress) -> None:
         self._plans = plans
+        self._stages = iter(stages)
         self.progress = progress
         self.reason = "done"
         self.notes: List[str] = []
         self._stopped = False
         self._pipes: Dict[int, Any] = {}
         self._processes: Dict[int, Any] = {}
-        self._ready: Set[int] = set()
+        self._asking: Dict[str, Set[int]] = {"next": set(), "ready": set()}  # which workers wait for what
         self._ended: Set[int] = set()
         self._shares: Dict[int, Dict[str, Any]] = {}
         self.lost = 0  # workers that were killed or failed
@@ -4092,8 +4396,8 @@ class Crew:
         except (EOFError, OSError):
             self._lose(number)
             return
-        if kind == "ready":
-            self._ready.add(number)
+        if kind in self._asking:
+            self._asking[kind].add(number)
         elif kind == "progress":
             self._shares[number] = value
             self._add_up()
@@ -4125,19 +4429,24 @@ class Crew:
         self._go_on()
 
     def _go_on(self) -> None:
-        waiting = self._ready - self._ended
-        if waiting and (waiting | self._ended) >= set(self._processes):
-            self._ready.clear()
-            begin = clock() + HEAD_START
-            for number in waiting:
-                with contextlib.suppress(OSError):
-                    self._pipes[number].send(("go", begin))
+        """Answers the workers when all that are left wait for the same."""
+        for kind, asking in self._asking.items():
+            waiting = asking - self._ended
+            if waiting and (waiting | self._ended) >= set(self._processes):
+                asking.clear()
+                if kind == "ready":
+                    answer = ("go", clock() + HEAD_START)
+                else:
+                    answer = ("stage", None if self._stopped else next(self._stages, None))  # type: ignore[assignment]
+                for number in waiting:
+                    with contextlib.suppress(OSError):
+                        self._pipes[number].send(answer)
 
     def _add_up(self) -> None:
         phase = max((share["stage"], share["phase"] == "measure") for share in self._shares.values())
         shares = [share for share in self._shares.values() if (share["stage"], share["phase"] == "measure") == phase]
-        total = dict(shares[0])
-        for name in ("done", "ok", "failed", "in_flight", "tokens", "chars"):
+        total = dict(shares[0], stages=self.progress.stages)
+        for name in ("done", "ok", "failed", "dropped", "in_flight", "waiting", "tokens", "chars"):
             total[name] = sum(share[name] for share in shares)
         totals = [share["total"] for share in shares]
         total["total"] = None if None in totals else sum(totals)
@@ -4170,11 +4479,16 @@ def cpu_quota() -> Optional[float]:
     return None
 
 
-def choose_processes(wanted: Union[int, str], streams: int) -> int:
-    """Worker processes for `--processes N|auto`: never more than streams; auto is 1 below 128 streams."""
+def choose_processes(wanted: Union[int, str], config: Config) -> int:
+    """Worker processes for `--processes N|auto`: never more than streams; auto is 1 below 128 streams.
+
+    An open loop without a cap has no number of streams: auto takes the requests of a second for it.
+    """
+    streams = max(config.concurrency, default=0)
     if wanted == "auto":
-        return 1 if streams < 128 else max(1, min(usable_cpus(), streams // 64))
-    return max(1, min(int(wanted), streams))
+        expected = streams or max(map(math.ceil, config.rps))
+        return 1 if expected < 128 else max(1, min(usable_cpus(), expected // 64))
+    return max(1, min(int(wanted), streams or int(wanted)))
 
 
 # ==================================================================================================
@@ -7737,19 +8051,6 @@ def open_mock_log(path: str) -> Optional[TextIO]:
         raise UserError(f"can't write the mock log: {error.strerror}; give another file to log") from None
 
 
-class MicrosecondSelector(selectors.DefaultSelector):     # type: ignore[misc, valid-type]
-    """A selector whose time-outs are exact: epoll rounds up to milliseconds, select on the epoll descriptor doesn't."""
-
-    rounds_to_milliseconds = selectors.DefaultSelector.__name__ == "EpollSelector"
-
-    def select(self, timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
-        """As in selectors."""
-        wait = timeout and timeout > 0 and self.rounds_to_milliseconds
-        if wait and not select.select([self.fileno()], [], [], timeout)[0]:
-            return []
-        return super().select(timeout)
-
-
 async def serve_mock(options: MockOptions, host: str, port: int, ready: Callable[[str], None]) -> None:
     """Serves until cancelled; `ready` gets the base URL once connections are accepted. Port 0 takes a free one."""
     loop = asyncio.get_running_loop()
@@ -7792,7 +8093,7 @@ async def serve_until_told(options: MockOptions, host: str, port: int, stdin_gua
 def run_mock(options: MockOptions, host: str = "127.0.0.1", port: int = 0, stdin_guard: bool = False) -> int:
     """The mock command: says where it listens in one line on stdout, serves until told to stop. The exit status."""
     raise_file_limit(MOCK_OPEN_FILES)
-    loop = asyncio.SelectorEventLoop(MicrosecondSelector())
+    loop = asyncio.SelectorEventLoop(ExactSelector())
     try:
         loop.run_until_complete(serve_until_told(options, host, port, stdin_guard))
         loop.run_until_complete(asyncio.sleep(0))       # aborted connections close their sockets in the next turn
@@ -7950,7 +8251,7 @@ def measure_capacity(processes: int, prompts: Sequence[Prompt]) -> Dict[str, Any
             opener = functools.partial(ResultsWriter, directory)
             parts = [Part(process=number, processes=processes) for number in range(processes)]
             plans = [WorkerPlan(config, mock.url, prompts, part, clock(), opener) for part in parts]
-            crew = Crew(plans, Progress())
+            crew = Crew(plans, plan_stages(config), Progress())
             try:
                 crew.start()
                 loop.run_until_complete(crew.run())
@@ -8012,6 +8313,7 @@ def find_selftest(host: str) -> Optional[Dict[str, Any]]:
 # checks, drives the Runner with signals and progress around it, and then builds every file from
 # results.jsonl alone, which is what `report DIR` does too.
 
+UNCAPPED_STREAMS = 16384  # of an open loop: for so many the open-file limit is raised where that is allowed
 EXIT_OK, EXIT_GATE, EXIT_USAGE, EXIT_NO_SUCCESS, EXIT_CLIENT, EXIT_WRITE = 0, 1, 2, 3, 4, 5
 
 
@@ -8044,6 +8346,27 @@ def read_count(lowest: int) -> Callable[[str], int]:
 def read_counts(text: str) -> List[int]:
     """A list such as `1,2,4,8`."""
     return [read_count(1)(part) for part in text.split(",")]
+
+
+def read_rate(text: str) -> float:
+    """Requests per second above 0."""
+    if not re.match(r"^([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)$", text.strip()) or not float(text):
+        raise ValueError("needs requests per second, such as 0.5 or 20")
+    return float(text)
+
+
+def read_rates(text: str) -> List[float]:
+    """A list such as `0.5,1,2`; 0 is no rate at all: a closed loop."""
+    return [] if text.strip() == "0" else [read_rate(part) for part in text.split(",")]
+
+
+def read_arrival(text: str) -> str:
+    """`poisson`, `constant` or `gamma:SHAPE`."""
+    if text not in ("poisson", "constant"):
+        match = re.match(r"^gamma:([0-9]{1,6}(\.[0-9]*)?|\.[0-9]+)$", text)
+        if not match or float(match.group(1)) < 0.01:
+            raise ValueError("needs poisson, constant or gamma:SHAPE with a shape from 0.01 on")
+    return text
 
 
 def read_processes(text: str) -> Union[int, str]:
@@ -8096,8 +8419,16 @@ RUN_FLAGS = (
     Flag("model", str, "NAME", "the first listed", "model to ask for; by default the first id that GET …/models lists"),
     Flag("token", str, "SECRET", "$LLMBENCH_TOKEN, then $OPENAI_API_KEY",
          "the secret itself, or env:NAME, file:PATH, cmd:COMMAND"),
-    Flag("concurrency", read_counts, "N[,N…]", "1", "streams in flight; a list makes one stage each"),
-    Flag("total-requests", read_count(1), "N", "max(10, 2 × concurrency)",
+    Flag("concurrency", read_counts, "N[,N…]", "1; no cap with --rps",
+         "streams in flight, a list makes one stage each; with --rps the most requests that may be in flight"),
+    Flag("rps", read_rates, "R[,R…]", "0",
+         "open loop: so many requests per second go out when they are due, not when a stream is free; "
+         "a list makes one stage each; 0: closed loop"),
+    Flag("arrival", read_arrival, "KIND", "poisson",
+         "when an open loop's requests are due: poisson (independent users), constant, or gamma:SHAPE (burstier "
+         "below shape 1); drawn by --seed"),
+    Flag("ramp", read_duration, "TIME", "off", "start the streams of a closed loop evenly over this time, not at once"),
+    Flag("total-requests", read_count(1), "N", "max(10, 2 × concurrency), or 10 s of --rps",
          "measured requests per stage; none when only --duration is given"),
     Flag("duration", read_duration, "TIME", "",
          "time per stage after which no request is started; with both, whichever comes first"),
@@ -8220,12 +8551,26 @@ def read_config(words: Sequence[str]) -> Config:
         raise UserError("--unique and --no-unique exclude each other; give one")
     if given.pop("no_unique", False):
         given["unique"] = False
+    check_load(given)
     config = Config(**given)
+    if config.rps and "concurrency" not in given:
+        config.concurrency = []  # no cap
     if "lang" not in given:
         config.lang = language_of_locale()
     config.token = read_secret(given["token"], "--token") if "token" in given else default_token(config.url)
     config.run_id = binascii.hexlify(os.urandom(4)).decode("ascii")
     return config
+
+
+def check_load(given: Mapping[str, Any]) -> None:
+    """Refuses flags of one kind of load beside those of the other; raises UserError."""
+    if given.get("rps"):
+        if len(given.get("concurrency", [])) > 1:
+            raise UserError("--concurrency takes one number with --rps: the most requests in flight")
+        if "ramp" in given:
+            raise UserError("--ramp starts streams evenly and needs --concurrency without --rps")
+    elif "arrival" in given:
+        raise UserError("--arrival says when requests of an open loop are due and needs --rps")
 
 
 def language_of_locale() -> str:
@@ -8314,7 +8659,7 @@ class Session:
     def __init__(
         self, config: Config, url: str, prompts: Sequence[Prompt], assets: Mapping[str, bytes], words: Sequence[str]
     ) -> None:
-        config.processes = choose_processes(config.processes, max(config.concurrency))
+        config.processes = choose_processes(config.processes, config)
         self.config = config
         self.assets = assets
         self.prompts = prompts
@@ -8368,14 +8713,15 @@ class Session:
 
     def _drive(self, writer: ResultsWriter, directory: str) -> Dict[str, Any]:
         """The measurement itself, with signals and progress around it; what the end line says of it."""
-        progress = Progress()
+        stages = plan_stages(self.config)
+        progress = Progress(stages=len(stages))
         measuring: Union[Runner, Crew]
         if self.config.processes == 1:
             measuring = Runner(self.config, self.provider, self.endpoint, self.prompts, Part(), self.poll, writer.write)
             measuring.progress = progress
-            work = measuring.run(plan_stages(self.config))
+            work = measuring.run(stages)
         else:
-            measuring = Crew(self._worker_plans(directory), progress)
+            measuring = Crew(self._worker_plans(directory), stages, progress)
             measuring.start()
             work = measuring.run()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -8460,8 +8806,8 @@ def command_run(words: Sequence[str]) -> int:
     assets = load_assets()
     prompts = read_workload(config.workload_file, [("en", assets["prompts/en.txt"]), ("zh", assets["prompts/zh.txt"])])
     replace_headers([], config.header)
-    trouble = raise_file_limit(max(config.concurrency) + 64)
-    if trouble:
+    trouble = raise_file_limit(max(config.concurrency, default=UNCAPPED_STREAMS) + 64)
+    if trouble and config.concurrency:  # without a cap nobody knows how many are needed
         raise UserError(trouble)
     if not config.url.startswith("mock:"):
         session = Session(config, config.url, prompts, assets, words)

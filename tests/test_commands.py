@@ -106,6 +106,7 @@ def test_a_body_is_strict_json(text):
 SET_BY = {
     "url": ("http://h/v1", "http://h/v1"), "provider": ("openai2", "openai2"), "model": ("m", "m"),
     "token": ("t0k", "t0k"),
+    "rps": ("0.5,2", [0.5, 2.0]), "arrival": ("gamma:2", "gamma:2"), "ramp": ("3s", 3.0),
     "concurrency": ("2,4", [2, 4]), "total-requests": ("7", 7), "duration": ("9s", 9.0), "grace": ("1s", 1.0),
     "warmup": ("3", 3), "max-tokens": ("5", 5), "max-tokens-field": ("max_completion_tokens", "max_completion_tokens"),
     "token-mode": ("chars", "chars"), "think-tags": ("off", "off"), "workload-file": ("w.txt", "w.txt"),
@@ -118,6 +119,10 @@ SET_BY = {
 }  # fmt: skip
 
 
+NEEDS = {"arrival": ["--rps", "1"]}  # flags that say nothing without another
+DRAGS = {"rps": {"concurrency"}}  # what a flag changes beside its own value
+
+
 def test_every_flag_is_tried_here():
     assert set(FLAGS) - set(SET_BY) == {"unique"}  # on anyway
 
@@ -126,11 +131,12 @@ def test_every_flag_is_tried_here():
 def test_every_flag_changes_the_configuration(name):
     text, value = SET_BY[name]
     words = [f"--{name}"] if text is None else [f"--{name}", text]
+    needed = NEEDS.get(name, [])
     field = "unique" if name == "no-unique" else name.replace("-", "_")
-    default, given = vars(config_of()), vars(config_of(*words))
+    default, given = vars(config_of(*needed)), vars(config_of(*needed, *words))
     assert given[field] == value != default[field]
     changed = {key for key in given if given[key] != default[key]} - {"run_id"}
-    assert changed == {field}
+    assert changed == {field} | DRAGS.get(name, set())
 
 
 @pytest.mark.parametrize("name", SET_BY)
@@ -139,7 +145,7 @@ def test_one_dash_or_two_a_blank_or_an_equals_sign_say_the_same(name):
     spellings = [[f"--{name}"], [f"-{name}"]]
     if text is not None:
         spellings = [[f"--{name}", text], [f"-{name}", text], [f"--{name}={text}"], [f"-{name}={text}"]]
-    read = [dataclasses.replace(config_of(*words), run_id="") for words in spellings]
+    read = [dataclasses.replace(config_of(*NEEDS.get(name, []), *words), run_id="") for words in spellings]
     assert all(config == read[0] for config in read)
 
 
@@ -157,6 +163,26 @@ def test_the_last_of_a_flag_counts_and_headers_add_up():
 def test_unique_is_the_default_and_excludes_its_opposite():
     assert config_of().unique and config_of("--unique").unique and not config_of("-no-unique").unique
     assert "exclude each other" in refusal("run", "--url", "mock:", "--unique", "--no-unique")
+
+
+@pytest.mark.parametrize("words,error", [
+    (["--rps", "2", "--concurrency", "1,2"], "--concurrency takes one number with --rps"),
+    (["--rps", "2", "--ramp", "3s"], "--ramp starts streams evenly and needs --concurrency without --rps"),
+    (["--arrival", "constant"], "--arrival says when requests of an open loop are due and needs --rps"),
+    (["--rps", "0", "--arrival", "constant"], "--arrival says when requests of an open loop are due and needs --rps"),
+    (["--rps", "-1"], "--rps needs requests per second"), (["--rps", "1,0"], "--rps needs requests per second"),
+    (["--rps", "nan"], "--rps needs requests per second"), (["--rps", "1e3"], "--rps needs requests per second"),
+    (["--rps", "1", "--arrival", "gamma:0"], "--arrival needs poisson, constant or gamma:SHAPE"),
+    (["--rps", "1", "--arrival", "uniform"], "--arrival needs poisson, constant or gamma:SHAPE"),
+])  # fmt: skip
+def test_flags_of_an_open_and_of_a_closed_loop_exclude_each_other(words, error):
+    assert error in refusal("run", "--url", "mock:", *words)
+
+
+def test_an_open_loop_has_no_cap_unless_one_is_given():
+    assert config_of("--rps", "3").concurrency == []
+    assert config_of("--rps", "3", "--concurrency", "7").concurrency == [7]
+    assert config_of("--rps", "0").concurrency == [1]
 
 
 def test_each_run_has_an_id_of_its_own():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
+import statistics
 
 import pytest
 
@@ -15,18 +17,32 @@ def parts_of(hosts, processes):
     return [llmbench.Part(k, hosts, p, processes) for k in range(hosts) for p in range(processes)]
 
 
+def alone(_):
+    """A conversation of one request."""
+    return 1
+
+
+def taken_by(part, first, last, turns=alone):
+    return [
+        talk.first + number
+        for talk in llmbench.talks_from(first, last, turns) if part.takes(talk.number)
+        for number in range(talk.turns)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("hosts,processes", SPLITS)
 def test_every_request_belongs_to_exactly_one_part(hosts, processes):
-    for first, last in [(0, 0), (0, 1), (0, 60), (7, 61), (13, 14)]:
-        taken = [index for part in parts_of(hosts, processes) for index in llmbench.indices_of(part, first, last)]
-        assert sorted(taken) == list(range(first, last))
+    for turns in (alone, lambda number: 1 + number % 4):
+        for first, last in [(0, 0), (0, 1), (0, 60), (7, 61), (13, 14)]:
+            taken = [index for part in parts_of(hosts, processes) for index in taken_by(part, first, last, turns)]
+            assert sorted(taken) == list(range(first, last))
 
 
 @pytest.mark.parametrize("hosts,processes", SPLITS)
 def test_a_part_takes_the_requests_that_the_rule_gives_it(hosts, processes):
     for part in parts_of(hosts, processes):
         expected = [i for i in range(90) if i % hosts == part.host and (i // hosts) % processes == part.process]
-        assert list(llmbench.indices_of(part, 0, 90)) == expected
+        assert taken_by(part, 0, 90) == expected
 
 
 @pytest.mark.parametrize("hosts,processes", SPLITS)
@@ -41,13 +57,90 @@ def test_every_stream_belongs_to_exactly_one_part_and_shares_differ_by_one_at_mo
 
 
 def test_without_a_last_request_a_part_goes_on_for_ever():
-    endless = llmbench.indices_of(llmbench.Part(1, 2, 0, 1), 3, None)
+    part = llmbench.Part(1, 2, 0, 1)
+    endless = (talk.first for talk in llmbench.talks_from(3, None, alone) if part.takes(talk.number))
     assert list(itertools.islice(endless, 4)) == [3, 5, 7, 9]
 
 
 def test_one_part_is_the_whole():
-    assert list(llmbench.indices_of(llmbench.Part(), 2, 6)) == [2, 3, 4, 5]
+    assert taken_by(llmbench.Part(), 2, 6) == [2, 3, 4, 5]
     assert llmbench.streams_of(llmbench.Part(), 9) == 9
+
+
+def test_a_conversation_is_cut_where_the_requests_end():
+    assert list(llmbench.talks_from(10, 17, lambda number: 3)) == [
+        llmbench.Talk(10, 10, 3), llmbench.Talk(11, 13, 3), llmbench.Talk(12, 16, 1),
+    ]  # fmt: skip
+
+
+def test_a_part_without_a_number_of_streams_is_in_every_stage():
+    for part in parts_of(1, 4):
+        assert part.at(0) == part
+
+
+def drawn(arrival, rate, count, seed="arrival 0 0 measure"):
+    return list(itertools.islice(llmbench.due_times(arrival, rate, seed), count))
+
+
+def gaps_of(moments):
+    return [later - earlier for earlier, later in zip([0.0, *moments], moments)]
+
+
+def test_constant_arrivals_are_evenly_spaced_without_adding_up_an_error():
+    moments = drawn("constant", 50.0, 100000)
+    assert moments[0] == 0.0
+    assert moments[-1] == 99999 / 50.0
+
+
+SPREADS = [("poisson", 1.0), ("gamma:0.25", 4.0), ("gamma:1", 1.0), ("gamma:4", 0.25)]
+
+
+@pytest.mark.parametrize(("arrival", "variance"), SPREADS)
+def test_drawn_arrivals_have_the_mean_and_the_variance_that_they_should(arrival, variance):
+    """Gaps in units of the mean gap; the tolerances are five standard errors of 40,000 draws."""
+    gaps = [20.0 * gap for gap in gaps_of(drawn(arrival, 20.0, 40000))]
+    mean = statistics.mean(gaps)
+    assert mean == pytest.approx(1.0, abs=5 * (variance / 40000) ** 0.5)
+    kurtosis = 3 + 6 * variance  # of a gamma distribution of shape 1/variance
+    error = variance * ((kurtosis - 1) / 40000) ** 0.5
+    assert statistics.variance(gaps) == pytest.approx(variance, abs=5 * error)
+    assert all(gap >= 0 for gap in gaps)
+
+
+def test_poisson_counts_in_equal_spans_are_as_spread_as_they_are_many():
+    moments = drawn("poisson", 10.0, 50000)
+    counts = collections.Counter(int(moment) for moment in moments)
+    per_second = [counts[second] for second in range(int(moments[-1]))]
+    assert statistics.variance(per_second) / statistics.mean(per_second) == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_same_seed_gives_the_same_times_and_another_seed_others():
+    assert drawn("poisson", 3.0, 500) == drawn("poisson", 3.0, 500)
+    assert drawn("poisson", 3.0, 500) != drawn("poisson", 3.0, 500, "arrival 1 0 measure")
+    assert drawn("gamma:0.5", 3.0, 500) == drawn("gamma:0.5", 3.0, 500)
+
+
+def test_poisson_times_are_these_on_every_python():
+    assert [round(moment, 9) for moment in drawn("poisson", 2.0, 3)] == [0.550316488, 1.375130081, 1.637334427]
+
+
+@pytest.mark.parametrize("hosts,processes", SPLITS)
+def test_streams_of_all_parts_begin_evenly_over_the_ramp(hosts, processes):
+    begins = [
+        llmbench.ramp_delay(part, stream, 30, 60.0)
+        for part in parts_of(hosts, processes) for stream in range(llmbench.streams_of(part, 30))
+    ]  # fmt: skip
+    assert sorted(begins) == pytest.approx([2.0 * number for number in range(30)])
+
+
+def test_rates_make_stages_that_have_ten_seconds_of_load():
+    config = llmbench.Config(rps=[0.5, 40.0], concurrency=[])
+    assert llmbench.plan_stages(config) == [
+        llmbench.Stage(0, 0, 20, None, 0, 0.5), llmbench.Stage(1, 0, 400, None, 0, 40.0),
+    ]  # fmt: skip
+    assert [stage.load for stage in llmbench.plan_stages(config)] == [{"rps": 0.5}, {"rps": 40.0}]
+    config.concurrency = [8]
+    assert llmbench.plan_stages(config)[0].load == {"rps": 0.5, "cap": 8}
 
 
 def test_stages_are_the_list_of_concurrencies():

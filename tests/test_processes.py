@@ -635,7 +635,7 @@ def test_progress_at_the_end_is_that_of_the_whole_last_stage(tmp_path):
 
 def crew_of(*shares):
     """A crew that was told these shares, one by each worker."""
-    crew = llmbench.Crew([], llmbench.Progress())
+    crew = llmbench.Crew([], [], llmbench.Progress())
     for number, share in enumerate(shares):
         crew._shares[number] = vars(llmbench.Progress(**share))
     crew._add_up()
@@ -671,7 +671,7 @@ def test_progress_of_a_worker_that_is_still_in_the_phase_before_does_not_count()
 )  # fmt: skip
 def test_choose_processes(wanted, streams, cpus, processes, monkeypatch):
     monkeypatch.setattr(llmbench, "usable_cpus", lambda: cpus)
-    assert llmbench.choose_processes(wanted, streams) == processes
+    assert llmbench.choose_processes(wanted, llmbench.Config(concurrency=[1, streams])) == processes
 
 
 def with_files(monkeypatch, files):
@@ -745,7 +745,7 @@ def test_parts_of_small_stages_take_every_request_and_every_stream(hosts, proces
         active = [part.at(streams) for part in parts if part.at(streams) is not None]
         shares = [llmbench.streams_of(part, streams) for part in active]
         assert sum(shares) == streams and min(shares) >= 1
-        taken = [index for part in active for index in llmbench.indices_of(part, 3, 20)]
+        taken = [number for part in active for number in range(3, 20) if part.takes(number)]
         assert sorted(taken) == list(range(3, 20))
 
 
