@@ -70,6 +70,7 @@ from typing import (
     Coroutine,
     Deque,
     Dict,
+    Generator,
     Iterable,
     Iterator,
     List,
@@ -376,6 +377,7 @@ class Config:
     rps: List[float] = field(default_factory=list)  # an open loop's rates; empty: a closed loop
     arrival: str = "poisson"
     ramp: Optional[float] = None
+    find_max: Optional[str] = None
     total_requests: Optional[int] = None
     duration: Optional[float] = None
     grace: Optional[float] = None
@@ -396,6 +398,10 @@ class Config:
     seed: int = 0
     out: Optional[str] = None
     processes: Union[int, str] = "auto"
+    max_errors: Optional[str] = None
+    max_total_tokens: Optional[int] = None
+    shard: Optional[str] = None
+    start_at: Optional[str] = None  # ISO 8601 UTC
     progress: str = "auto"
     lang: str = "en"
     run_id: str = ""
@@ -405,6 +411,13 @@ class Config:
         if self.total_requests is None and self.duration is None:
             return max(10, 2 * streams) if rate is None else max(20, math.ceil(10 * rate))
         return self.total_requests
+
+
+    @property
+    def host(self) -> Tuple[int, int]:
+        """This host's number and how many hosts there are: (0, 1) without --shard."""
+        number, _, hosts = (self.shard or "0/1").partition("/")
+        return int(number), int(hosts)
 
 
 class Stage(NamedTuple):
@@ -744,6 +757,42 @@ def parse_head(block: bytes) -> Head:
         value = value.strip()
         headers[name] = headers[name] + ", " + value if name in headers else value
     return Head(int(match.group(1)), int(match.group(2)), (match.group(3) or b"").decode("latin-1"), headers)
+
+
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+HTTP_DATE = re.compile(r"^\w{3}, ([0-9]{2}) (\w{3}) ([0-9]{4}) ([0-9]{2}):([0-9]{2}):([0-9]{2}) GMT$")
+
+
+@functools.lru_cache(maxsize=8)  # many answers come within one second
+def read_http_date(text: str) -> Optional[int]:
+    """Seconds since 1970 of a Date header (RFC 9110, IMF-fixdate); None when it is none.
+
+    >>> read_http_date("Tue, 24 Nov 2026 08:05:24 GMT")
+    1795507524
+    """
+    match = HTTP_DATE.match(text)
+    if match is None or match.group(2) not in MONTHS:
+        return None
+    day, _, year, *clock_time = match.groups()
+    month = MONTHS.index(match.group(2)) + 1
+    try:
+        moment = datetime.datetime(int(year), month, int(day), *map(int, clock_time), tzinfo=datetime.timezone.utc)
+    except ValueError:
+        return None
+    return int(moment.timestamp())
+
+
+@functools.lru_cache(maxsize=2)
+def write_http_date(seconds: int) -> str:
+    """The Date header of a moment.
+
+    >>> write_http_date(1795507524)
+    'Tue, 24 Nov 2026 08:05:24 GMT'
+    """
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    names = WEEKDAYS[moment.weekday()], moment.day, MONTHS[moment.month - 1], moment.year
+    return "%s, %02d %s %04d" % names + moment.strftime(" %H:%M:%S GMT")
 
 
 class Decompressor:
@@ -2373,6 +2422,54 @@ def ramp_delay(part: Part, stream: int, concurrency: int, ramp: Optional[float])
     return (ramp or 0.0) * (part.number + stream * part.parts) / concurrency
 
 
+def begin_of(config: Config, stage: Stage) -> float:
+    """When a stage begins after --start-at, in s: with a moment for each, hosts keep step without talking."""
+    return stage.index * ((config.duration or 0.0) + (config.grace or 0.0))
+
+
+PROBE_SECONDS, PROBE_REQUESTS = 30.0, 100  # of a probe of --find-max: at most so long, and at least so many if it can
+MOST_PROBES = 24
+MOST_STREAMS, MOST_RATE = 4096, 10000.0  # where --find-max gives up if nothing else bounds it
+CONFIRMATIONS = 3  # answers that are tried again before the search gives up
+
+
+def search_maximum(first: float, most: float, step: float) -> Generator[float, bool, None]:
+    """The loads to try in order to find the highest that passes; `send` tells whether the one before did.
+
+    Doubles from `first` until a load fails or `most` is reached, then halves what lies between; two loads less than
+    `step` or 5 % apart are told apart no further. The answer is tried a second time; when it fails there, the next
+    lower one that passed is.
+    """
+    passed: List[float] = []
+    low, high, load = 0.0, math.inf, first
+    for _ in range(MOST_PROBES):
+        if (yield load):
+            low = load
+            passed.append(load)
+        else:
+            high = load
+        if high <= low + max(step, 0.05 * low) * 1.001 or low >= most:
+            break
+        load = min(most, 2.0 * low) if high == math.inf else (low + high) / 2.0
+        if step >= 1.0:
+            load = float(math.ceil(load))
+    for answer in sorted(passed, reverse=True)[:CONFIRMATIONS]:
+        if (yield answer):
+            return
+
+
+def probe_stage(config: Config, index: int, load: float) -> Stage:
+    """The stage that tries a load for --find-max."""
+    own_end = config.total_requests is not None or config.duration is not None
+    duration = config.duration if own_end else PROBE_SECONDS
+    if config.find_max == "rps":
+        cap = config.concurrency[0] if config.concurrency else 0
+        total = config.total_requests if own_end else max(PROBE_REQUESTS, math.ceil(20 * load))
+        return Stage(index, cap, total, duration, config.warmup, load)
+    total = config.total_requests if own_end else max(PROBE_REQUESTS, 5 * int(load))
+    return Stage(index, int(load), total, duration, config.warmup)
+
+
 def plan_stages(config: Config) -> List[Stage]:
     """The stages that a configuration asks for, in order."""
     cap = config.concurrency[0] if config.concurrency else 0
@@ -3369,6 +3466,9 @@ class Progress:
     note: str = ""
     rps: Optional[float] = None
     waiting: int = 0  # due, but held back by the cap
+    all_done: int = 0  # from here on of all phases so far
+    all_failed: int = 0
+    all_tokens: int = 0  # of prompts and answers
 
 
 class Phase(NamedTuple):
@@ -3460,6 +3560,7 @@ class Runner:
         self._accepted = -1  # the version of the dialect that the endpoint took
         self._ahead: Optional[asyncio.Future] = None  # connections being opened before a phase
         self._sleepers: set = set()
+        self._audit: Optional[Audit] = None
         self._tasks: Set[asyncio.Task] = set()  # of an open loop
         self._opening = False  # a spare connection
         self._idle: List[Stream] = []  # of an open loop: the last one in is the first one out
@@ -3541,8 +3642,8 @@ class Runner:
                 stream.job = self._first_job(stage, stream.talk) if stream.talk is not None else None
             busy = [stream for stream in self._streams if stream.talk is not None]
         await self._open_connections(busy)
-        began = await self._begin_together()
-        audit = Audit(began, self.poll) if name == "measure" else None
+        began = await self._begin_together(stage, first == 0)
+        audit = self._audit = Audit(began, self.poll) if name == "measure" else None
         self._show_phase(stage, name, began)
         deadline = began + stage.duration if stage.duration is not None and name == "measure" else None
         phase = Phase(stage, name, part or self.part, talks, began, deadline)
@@ -3573,12 +3674,12 @@ class Runner:
         if busy:
             await self._wait_for([stream.task for stream in busy])  # type: ignore[misc]
 
-    async def _begin_together(self) -> float:
-        """The moment at which a phase begins: now, or with other parts when all of them are ready."""
-        if self._together is None:
-            return clock()
-        began = await self._together()
-        await asyncio.sleep(max(0.0, began - clock()))
+    async def _begin_together(self, stage: Stage, first: bool) -> float:
+        """The moment at which a phase begins: now, with other parts when all are ready, or when --start-at says."""
+        began = clock() if self._together is None else await self._together()
+        if self.config.start_at is not None and first:
+            began = max(began, self.zero + begin_of(self.config, stage))
+        await self._pause(began - clock())
         return began
 
     async def _wait_for(self, tasks: Sequence[asyncio.Task]) -> None:
@@ -3607,7 +3708,8 @@ class Runner:
         fresh = Progress(
             stage.index, self.progress.stages, stage.concurrency, name, share, stage.duration, began, rps=stage.rps
         )
-        fresh.note = self.progress.note
+        for name in ("note", "all_done", "all_failed", "all_tokens"):
+            setattr(fresh, name, getattr(self.progress, name))
         self.progress.__dict__.update(fresh.__dict__)
 
     async def _open_connections(self, streams: Sequence[Stream]) -> None:
@@ -3763,7 +3865,7 @@ class Runner:
             due = self._backlog.popleft()
             for number in range(due.talk.turns):
                 request_id = self._request_id(phase.stage, due.talk.first + number)
-                record = self._new_record(phase, request_id, self._prompt_of(due.talk))
+                record = self._new_record(request_id, self._prompt_of(due.talk), phase.name, phase.stage)
                 record.status, record.err = "dropped", "due, but never sent: " + why
                 record.scheduled_ms = milliseconds(due.moment - self.zero)
                 self._finish_record(record)
@@ -3844,15 +3946,15 @@ class Runner:
         payload = encode_request("POST", request.target, request.headers, request.body)
         return Job(sent, request_id, payload, len(request.body), dialect.version)
 
-    def _new_record(self, phase: Phase, request_id: str, prompt: Prompt) -> Record:
-        return Record(request_id, prompt.id, phase.name, phase.stage.index, provider=self.provider.name)
+    def _new_record(self, request_id: str, prompt: Prompt, phase: str, stage: Stage) -> Record:
+        return Record(request_id, prompt.id, phase, stage.index, self.config.shard, self.provider.name)
 
     async def _perform(self, stream: Stream, phase: Phase, job: Job, due: float) -> Tuple[Record, Optional[Attempt]]:
         """One request, sent again after a dead idle connection or in another dialect.
 
         Returns its record, and the attempt that still has to be filled into it; None when it was never sent.
         """
-        record = self._new_record(phase, job.request_id, job.sent)
+        record = self._new_record(job.request_id, job.sent, phase.name, phase.stage)
         record.scheduled_ms = milliseconds(due - self.zero)
         record.in_bytes = job.in_bytes
         while True:
@@ -3947,7 +4049,7 @@ class Runner:
         """One request in another dialect, recorded in phase `probe`; None when it could not be sent."""
         request_id = "%s-%d-probe-%d-%d" % (self.config.run_id, stage.index, self.part.number, candidate.version)
         probe = self._make_job(job.sent, request_id, candidate)
-        record = Record(request_id, job.sent.id, "probe", stage.index, provider=self.provider.name)
+        record = self._new_record(request_id, job.sent, "probe", stage)
         stream, due, exchange = Stream(-1, task=asyncio.current_task()), clock(), None
         record.scheduled_ms, record.in_bytes = milliseconds(due - self.zero), probe.in_bytes
         self._streams.append(stream)
@@ -3995,6 +4097,9 @@ class Runner:
             record.http_status = reader.head.status
             record.out_bytes = reader.body_bytes
             record.compressed = reader.coding or None
+            date = read_http_date(reader.head.headers.get("date", ""))
+            if date is not None and exchange.ttfb_at is not None and self._audit is not None:
+                self._audit.note_date(date, exchange.start + self.epoch, exchange.ttfb_at + self.epoch)
             if reader.head.status < 300 and not exchange.stream:
                 record.streamed = False
         record.finish_reason = exchange.finish_reason
@@ -4071,17 +4176,45 @@ class Runner:
 
     def _count(self, record: Record) -> None:
         progress = self.progress
+        failed = record.status != "ok" and record.status not in NOT_JUDGED
+        progress.all_done += record.phase != "probe"
+        progress.all_failed += failed and record.phase != "probe"
+        progress.all_tokens += (record.in_tokens or 0) + (record.out_tokens or 0)
+        if self._together is None and not self.stopping:  # else who watches over all parts adds up
+            self._watch_budget()
         if record.phase != progress.phase:
             return
         progress.done += 1
         progress.ok += record.status == "ok"
-        progress.failed += record.status != "ok" and record.status not in NOT_JUDGED
+        progress.failed += failed
         progress.dropped += record.status == "dropped"
         progress.tokens += record.out_tokens or 0
         progress.chars += record.out_chars or 0
         if record.ttft_ms is not None and record.status == "ok":
             bucket = log_bucket(record.ttft_ms / 1000.0)
             progress.ttft[bucket] = progress.ttft.get(bucket, 0) + 1
+
+
+    def _watch_budget(self) -> None:
+        reason = over_budget(self.config, self.progress)
+        if reason:
+            self.stop(reason)
+
+
+PERCENT_OF = 20  # requests that must be over before --max-errors N% is judged
+
+
+def over_budget(config: Config, progress: Progress) -> str:
+    """Why --max-errors or --max-total-tokens must end a run; "" while it may go on."""
+    done, failed, tokens = progress.all_done, progress.all_failed, progress.all_tokens
+    if config.max_errors is not None and failed:
+        share = config.max_errors.endswith("%")
+        limit = float(config.max_errors.rstrip("%"))
+        if done >= PERCENT_OF and failed * 100.0 > limit * done if share else failed > limit:
+            return "max-errors: %d of %d requests failed, more than %s" % (failed, done, config.max_errors)
+    if config.max_total_tokens is not None and tokens >= config.max_total_tokens:
+        return "max-total-tokens: %d tokens were used" % tokens
+    return ""
 
 
 class Watch:
@@ -4113,20 +4246,32 @@ class Watch:
 
 
 class Audit:
-    """What a part's process did during a stage: CPU, polls, the loop's longest delay."""
+    """What a part's process did during a stage: CPU, polls, the loop's longest delay.
+
+    Answers that carry a Date bound how far the endpoint's clock is ahead of ours: a server that writes D for the second
+    in which it answered did so after we sent and before we received. Hosts of one run whose bounds differ have clocks
+    that do.
+    """
 
     def __init__(self, began: float, poll: Poll) -> None:
         self._began = began
         self._poll = poll
         self._cpu = time.process_time()
         self._polls = poll.polls
+        self._ahead = [-math.inf, math.inf]
         poll.longest = 0.0
+
+    def note_date(self, date: int, sent: float, received: float) -> None:
+        """An answer of the second `date`; the others in s since 1970 by our clock."""
+        self._ahead = [max(self._ahead[0], date - received), min(self._ahead[1], date + 1 - sent)]
 
     def finish(
         self, now: float, stage: int, part: int, progress: Progress, lags: Mapping[int, int]
     ) -> Dict[str, Any]:
         """The audit line's content."""
         wall = now - self._began
+        low, high = self._ahead
+        bounds = {"date_offset_ms": [milliseconds(low), milliseconds(high)]} if -math.inf < low <= high else {}
         return {
             "stage": stage,
             "part": part,
@@ -4137,6 +4282,7 @@ class Audit:
             "due": progress.done,
             "started": progress.done - progress.dropped,
             "dropped": progress.dropped,
+            **bounds,
             "lag_hist": dict(lags),
         }
 
@@ -4330,6 +4476,7 @@ class Crew:
         self.progress = progress
         self.reason = "done"
         self.notes: List[str] = []
+        self._config = plans[0].config if plans else Config()
         self._stopped = False
         self._pipes: Dict[int, Any] = {}
         self._processes: Dict[int, Any] = {}
@@ -4401,6 +4548,9 @@ class Crew:
         elif kind == "progress":
             self._shares[number] = value
             self._add_up()
+            reason = "" if self._stopped else over_budget(self._config, self.progress)
+            if reason:
+                self.stop(reason)
         elif kind == "stopping":
             self.stop(value)
         elif kind == "unwritten":
@@ -4448,6 +4598,8 @@ class Crew:
         total = dict(shares[0], stages=self.progress.stages)
         for name in ("done", "ok", "failed", "dropped", "in_flight", "waiting", "tokens", "chars"):
             total[name] = sum(share[name] for share in shares)
+        for name in ("all_done", "all_failed", "all_tokens"):
+            total[name] = sum(share[name] for share in self._shares.values())
         totals = [share["total"] for share in shares]
         total["total"] = None if None in totals else sum(totals)
         total["ttft"] = {}
@@ -4484,9 +4636,10 @@ def choose_processes(wanted: Union[int, str], config: Config) -> int:
 
     An open loop without a cap has no number of streams: auto takes the requests of a second for it.
     """
-    streams = max(config.concurrency, default=0)
+    hosts = config.host[1]
+    streams = max(config.concurrency, default=0) // hosts
     if wanted == "auto":
-        expected = streams or max(map(math.ceil, config.rps))
+        expected = streams or math.ceil(max(config.rps) / hosts)
         return 1 if expected < 128 else max(1, min(usable_cpus(), expected // 64))
     return max(1, min(int(wanted), streams or int(wanted)))
 
@@ -6802,6 +6955,8 @@ def make_header(config: Config, endpoint: Endpoint, prompts: int, command: str, 
     shown["body"] = mask_body(config.body, secrets)
     shown["token"] = "***" if config.token else ""
     shown["prompts"] = {"source": config.workload_file or "built-in", "count": prompts}
+    if not config.rps:
+        del shown["rps"], shown["arrival"]
     header = {
         "tool_version": __version__, "run_id": config.run_id, "provider": config.provider, "model": config.model,
         "url": shown["url"], "started_at": iso_time(started), "command": redact(command, secrets),
@@ -7653,7 +7808,8 @@ def encode_head(status: int, headers: Iterable[str], version: str = "HTTP/1.1") 
     """Status line and header lines; empty and repeated ones are left out."""
     import http
 
-    lines = [f"{version} {status} {http.HTTPStatus(status).phrase}", *dict.fromkeys(filter(None, headers))]
+    lines = [f"{version} {status} {http.HTTPStatus(status).phrase}", "Date: " + write_http_date(int(time.time())),
+             *dict.fromkeys(filter(None, headers))]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
@@ -8369,6 +8525,44 @@ def read_arrival(text: str) -> str:
     return text
 
 
+def read_error_limit(text: str) -> str:
+    """A number of failed requests, or a percentage: `10`, `5%`."""
+    match = re.match(r"^[0-9]{1,9}$|^([0-9]{1,2}(\.[0-9]*)?)%$", text)
+    if not match:
+        raise ValueError("needs a number of failed requests such as 10, or a share such as 5%")
+    return text
+
+
+def read_shard(text: str) -> str:
+    """`k/n`, k from 0; `auto/n` takes k from $JOB_COMPLETION_INDEX, as a Kubernetes Indexed Job sets it."""
+    number, _, hosts = text.partition("/")
+    if number == "auto":
+        number = os.environ.get("JOB_COMPLETION_INDEX", "")
+        if not number:
+            raise ValueError("auto/n needs $JOB_COMPLETION_INDEX, which an Indexed Job sets; give k/n")
+    if not re.match(r"^[0-9]{1,6}/[1-9][0-9]{0,5}$", number + "/" + hosts) or int(number) >= int(hosts):
+        raise ValueError("needs k/n with k from 0 to n-1, such as 0/4")
+    return "%d/%d" % (int(number), int(hosts))
+
+
+def read_start(text: str) -> str:
+    """A moment to come, as ISO 8601 UTC: `14:00[:00]` of today by this host's clock, or ISO 8601 with an offset."""
+    now = time.time()
+    match = re.match(r"^([01]?[0-9]|2[0-3]):([0-5][0-9])(?::([0-5][0-9]))?$", text)
+    if match:
+        day = datetime.datetime.fromtimestamp(now)
+        hour, minute, second = (int(part or 0) for part in match.groups())
+        moment = day.replace(hour=hour, minute=minute, second=second, microsecond=0).timestamp()
+    else:
+        try:
+            moment = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+        except ValueError:
+            raise ValueError("needs HH:MM[:SS], or a date with its offset such as 2026-11-24T14:00:00+08:00") from None
+    if moment <= now:
+        raise ValueError("lies in the past by this host's clock; give a moment to come, a date for another day")
+    return iso_time(moment)
+
+
 def read_processes(text: str) -> Union[int, str]:
     """`auto`, or a whole number."""
     return text if text == "auto" else read_count(1)(text)
@@ -8463,6 +8657,14 @@ RUN_FLAGS = (
     Flag("seed", read_count(0), "N", "0", "everything random, save the unique prefixes"),
     Flag("processes", read_processes, "N", "auto",
          "worker processes; auto: 1 below 128 streams, else min(usable CPUs, streams // 64)"),
+    Flag("max-errors", read_error_limit, "N|N%", "off",
+         "end the run early, with all its files, when more requests failed; a share counts from 20 requests on"),
+    Flag("max-total-tokens", read_count(1), "N", "off",
+         "end the run early when prompts and answers together have used so many tokens by the endpoint's own count"),
+    Flag("shard", read_shard, "K/N", "", "this host's part of a run spread over N hosts, K from 0; needs --start-at; "
+         "auto/N takes K from $JOB_COMPLETION_INDEX; `llmbench merge` joins the results"),
+    Flag("start-at", read_start, "TIME", "now",
+         "begin at HH:MM[:SS] by this host's clock, or at an ISO 8601 date and time with its offset"),
     Flag("progress", read_choice("auto", "bar", "lines", "none"), "MODE", "auto", "bar on a terminal, lines elsewhere"),
     Flag("lang", read_choice("en", "zh"), "LANG", "from the locale", "language of terminal and report: en or zh"),
 )  # fmt: skip
@@ -8558,7 +8760,9 @@ def read_config(words: Sequence[str]) -> Config:
     if "lang" not in given:
         config.lang = language_of_locale()
     config.token = read_secret(given["token"], "--token") if "token" in given else default_token(config.url)
-    config.run_id = binascii.hexlify(os.urandom(4)).decode("ascii")
+    check_shard(config)
+    alone = config.start_at is None
+    config.run_id = binascii.hexlify(os.urandom(4)).decode("ascii") if alone else shared_run_id(config)
     return config
 
 
@@ -8571,6 +8775,27 @@ def check_load(given: Mapping[str, Any]) -> None:
             raise UserError("--ramp starts streams evenly and needs --concurrency without --rps")
     elif "arrival" in given:
         raise UserError("--arrival says when requests of an open loop are due and needs --rps")
+
+
+def check_shard(config: Config) -> None:
+    """Refuses what hosts that don't talk can't do together; raises UserError."""
+    if config.shard is None:
+        return
+    hosts = config.host[1]
+    if config.start_at is None:
+        raise UserError("--shard needs --start-at, so that all hosts begin together and know each other's run")
+    if config.concurrency and min(config.concurrency) < hosts:
+        raise UserError("--concurrency %d is fewer than the %d shards" % (min(config.concurrency), hosts))
+    stages = max(len(config.concurrency), len(config.rps))
+    if stages > 1 and (config.duration is None or config.grace is None):
+        raise UserError("--shard with several stages needs --duration and --grace: by them hosts keep step")
+
+
+def shared_run_id(config: Config) -> str:
+    """The run id that hosts agree on without talking: a hash of what they have in common."""
+    own = ("shard", "out", "token", "processes", "run_id", "progress", "lang")
+    common = {key: value for key, value in vars(config).items() if key not in own}
+    return hashlib.sha256(json.dumps(common, sort_keys=True).encode("utf-8")).hexdigest()[:8]
 
 
 def language_of_locale() -> str:
@@ -8717,8 +8942,9 @@ class Session:
         progress = Progress(stages=len(stages))
         measuring: Union[Runner, Crew]
         if self.config.processes == 1:
-            measuring = Runner(self.config, self.provider, self.endpoint, self.prompts, Part(), self.poll, writer.write)
-            measuring.progress = progress
+            part = Part(*self.config.host)
+            measuring = Runner(self.config, self.provider, self.endpoint, self.prompts, part, self.poll, writer.write)
+            measuring.progress, measuring.zero = progress, self._zero()
             work = measuring.run(stages)
         else:
             measuring = Crew(self._worker_plans(directory), stages, progress)
@@ -8740,18 +8966,25 @@ class Session:
 
     def _worker_plans(self, directory: str) -> List[WorkerPlan]:
         """One plan for each worker process."""
-        count, zero = int(self.config.processes), clock()
+        count, zero = int(self.config.processes), self._zero()
+        host, hosts = self.config.host
         return [
             WorkerPlan(
                 self.config,
                 self.endpoint_url,
                 self.prompts,
-                Part(process=number, processes=count),
+                Part(host, hosts, number, count),
                 zero,
                 functools.partial(ResultsWriter, directory),
             )
             for number in range(count)
         ]
+
+    def _zero(self) -> float:
+        """The run's zero on the monotonic clock: now, or the moment that --start-at names."""
+        if self.config.start_at is None:
+            return clock()
+        return clock() + timestamp(self.config.start_at) - time.time()
 
     def _interrupt(self, measuring: Union[Runner, Crew], number: int) -> None:
         """The first signal stops the run gently, the second at once."""

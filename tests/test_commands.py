@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import http.server
 import json
@@ -106,6 +107,8 @@ def test_a_body_is_strict_json(text):
 SET_BY = {
     "url": ("http://h/v1", "http://h/v1"), "provider": ("openai2", "openai2"), "model": ("m", "m"),
     "token": ("t0k", "t0k"),
+    "max-errors": ("5%", "5%"), "max-total-tokens": ("9000", 9000), "shard": ("1/4", "1/4"),
+    "start-at": ("2999-01-02T03:04:05+08:00", "2999-01-01T19:04:05.000000Z"),
     "rps": ("0.5,2", [0.5, 2.0]), "arrival": ("gamma:2", "gamma:2"), "ramp": ("3s", 3.0),
     "concurrency": ("2,4", [2, 4]), "total-requests": ("7", 7), "duration": ("9s", 9.0), "grace": ("1s", 1.0),
     "warmup": ("3", 3), "max-tokens": ("5", 5), "max-tokens-field": ("max_completion_tokens", "max_completion_tokens"),
@@ -119,7 +122,9 @@ SET_BY = {
 }  # fmt: skip
 
 
-NEEDS = {"arrival": ["--rps", "1"]}  # flags that say nothing without another
+NEEDS = {  # flags that say nothing without another
+    "arrival": ["--rps", "1"], "shard": ["--start-at", "2999-01-01T00:00:00Z", "--concurrency", "4"],
+}  # fmt: skip
 DRAGS = {"rps": {"concurrency"}}  # what a flag changes beside its own value
 
 
@@ -177,6 +182,46 @@ def test_unique_is_the_default_and_excludes_its_opposite():
 ])  # fmt: skip
 def test_flags_of_an_open_and_of_a_closed_loop_exclude_each_other(words, error):
     assert error in refusal("run", "--url", "mock:", *words)
+
+
+@pytest.mark.parametrize("words,error", [
+    (["--shard", "0/4"], "--shard needs --start-at"),
+    (["--shard", "4/4"], "--shard needs k/n with k from 0 to n-1"), (["--shard", "1"], "--shard needs k/n"),
+    (["--shard", "auto/4"], "--shard auto/n needs $JOB_COMPLETION_INDEX"),
+    (["--shard", "0/4", "--start-at", "2999-01-01T00:00:00Z", "--concurrency", "3"], "fewer than the 4 shards"),
+    (["--shard", "0/2", "--start-at", "2999-01-01T00:00:00Z", "--concurrency", "4,8"], "needs --duration and --grace"),
+    (["--start-at", "2020-01-01T00:00:00Z"], "--start-at lies in the past"),
+    (["--start-at", "25:00"], "--start-at needs HH:MM"), (["--start-at", "2999-01-01T00:00:00"], "with its offset"),
+    (["--max-errors", "101%"], "--max-errors needs a number"), (["--max-errors", "x"], "--max-errors needs a number"),
+])  # fmt: skip
+def test_a_part_or_a_bound_that_makes_no_sense_is_refused(words, error, monkeypatch):
+    monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    assert error in refusal("run", "--url", "mock:", *words)
+
+
+def test_an_indexed_job_gives_the_number_of_the_shard(monkeypatch):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
+    config = config_of("--shard", "auto/4", "--start-at", "2999-01-01T00:00:00Z", "--concurrency", "4")
+    assert (config.shard, config.host) == ("2/4", (2, 4))
+
+
+def test_a_time_of_day_is_one_of_this_hosts_clock():
+    later = datetime.datetime.now() + datetime.timedelta(seconds=90)
+    if later.day == datetime.datetime.now().day:
+        read = llmbench.timestamp(config_of("--start-at", later.strftime("%H:%M:%S")).start_at)
+        assert read == int(later.timestamp())
+
+
+def test_hosts_agree_on_the_run_id_by_what_they_have_in_common():
+    same = ["--start-at", "2999-01-01T00:00:00Z", "--concurrency", "8", "--header", "A: b"]
+    ids = {
+        config_of(*same, "--shard", shard, "--out", shard[0], "--token", shard, "--processes", "2").run_id
+        for shard in ("0/3", "1/3", "2/3")
+    }  # fmt: skip
+    assert len(ids) == 1
+    assert config_of(*same, "--seed", "1", "--shard", "0/3").run_id not in ids
+    assert config_of("--start-at", "2999-01-01T00:00:01Z", *same[2:], "--shard", "0/3").run_id not in ids
+    assert config_of("--start-at", "2999-01-01T08:00:00+08:00", *same[2:], "--shard", "0/3").run_id in ids
 
 
 def test_an_open_loop_has_no_cap_unless_one_is_given():

@@ -140,7 +140,7 @@ class Client:
 @contextlib.contextmanager
 def serving(query: str = FAST) -> Iterator[str]:
     """The server in a thread of its own, which starts much faster than a process."""
-    loop, urls = asyncio.SelectorEventLoop(llmbench.MicrosecondSelector()), queue.Queue()
+    loop, urls = asyncio.SelectorEventLoop(llmbench.ExactSelector()), queue.Queue()
     options = llmbench.parse_mock_url("mock:?vary=0&" + query)
     task = loop.create_task(llmbench.serve_mock(options, "127.0.0.1", 0, urls.put))
 
