@@ -308,7 +308,8 @@ METRICS: Dict[str, Metric] = {
             "ms",
             "Client queue",
             "start - scheduled - the connect time spent after scheduled: waiting inside this client, never hidden. "
-            "Scheduled is when the load model wanted the request to go out (closed loop: when its slot became free).",
+            "Scheduled is when the load model wanted the request to go out (closed loop: when its slot became free). "
+            "In an open loop with a cap it holds the wait for a free slot too, which capped_ms tells apart.",
         ),
         Metric(
             "connect_ms",
@@ -336,11 +337,26 @@ METRICS: Dict[str, Metric] = {
             "steady_output_tokens_per_s",
             "tok/s",
             "Steady throughput",
-            "Over the window from the first moment at which all streams are in flight to the last start of the "
-            "stage; a request contributes its output tokens x the part of [first output, end] that lies in the "
-            "window. Absent when fewer than 2 x concurrency requests end in it.",
+            "Over the window from the first moment at which all streams are in flight (open loop: from the first "
+            "request's end) to the last start of the stage; a request contributes its output tokens x the part of "
+            "[first output, end] that lies in the window. Absent when fewer than 2 x concurrency requests (open loop: "
+            "20) end in it.",
         ),
         Metric("rps", "req/s", "Requests per second", "Successful measured requests / wall time."),
+        Metric(
+            "goodput_rps",
+            "req/s",
+            "Goodput",
+            "Requests that met every limit that the gates set for one request / wall time: upper limits on TTFT, TTFE, "
+            "TTFB, latency, decode and TPOT, from start or from due, lower ones on tokens/s per request, whatever the "
+            "statistic. A request that failed, or that has no such value, did not meet them.",
+        ),
+        Metric(
+            "goodput_share",
+            "%",
+            "Goodput share",
+            "Requests that met every limit that the gates set for one request / (successful + failed).",
+        ),
         Metric(
             "wall_time_ms",
             "ms",
@@ -446,6 +462,125 @@ class Stage(NamedTuple):
         told = {"index": self.index, "load": self.load, "total": self.total, "duration": self.duration,
                 "warmup": self.warmup}  # fmt: skip
         return {key: value for key, value in told.items() if value is not None}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that a mistyped one most likely means, as ` (did you mean …?)`; "" when none is near."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 1)
+    return " (did you mean %s?)" % found[0] if found else ""
+
+
+class Gate(NamedTuple):
+    """A requirement on one figure, e.g. Gate("ttft.p95<=800ms", "ttft", "p95", "<=", 800.0).
+
+    The limit is in the summary's unit: milliseconds, tokens/s, requests/s, and shares of 1 for success and a goodput
+    in %. `stat` is "" where the metric has one figure only.
+    """
+
+    text: str
+    metric: str
+    stat: str
+    op: str
+    limit: float
+
+    @property
+    def figure(self) -> str:
+        """The summary's name of the gate's metric: ttft is ttft_ms, success is success_rate."""
+        if self.metric == "goodput":
+            return "goodput_share" if self.text.rstrip().endswith("%") else "goodput_rps"
+        return GATE_FIGURES.get(self.metric, self.metric)
+
+    def holds(self, value: Optional[float]) -> bool:
+        """Whether a value meets the limit; one that is not known does not."""
+        if value is None:
+            return False
+        return {"<=": value <= self.limit, "<": value < self.limit, ">=": value >= self.limit, ">": value > self.limit}[
+            self.op
+        ]
+
+
+GATE_TIMES = (
+    "ttft", "ttfe", "ttfb", "latency", "decode", "tpot", "itl", "queue", "connect", "ttft_from_scheduled",
+    "latency_from_scheduled",
+)  # fmt: skip
+GATE_STATS = ("p50", "p90", "p95", "p99", "mean", "min", "max")
+GATE_FIGURES = {name: name + "_ms" for name in GATE_TIMES}
+GATE_FIGURES.update(
+    success="success_rate", throughput="output_tokens_per_s", steady="steady_output_tokens_per_s", goodput="goodput_rps"
+)
+# What a limit is multiplied by to be in the summary's unit; "" where a bare number will do.
+TIME_UNITS = {"us": 0.001, "ms": 1.0, "s": 1000.0}
+TOKEN_UNITS = {"": 1.0, "tok/s": 1.0, "tokens/s": 1.0}
+REQUEST_UNITS = {"": 1.0, "req/s": 1.0}
+GATE_UNITS: Dict[str, Dict[str, float]] = {
+    **dict.fromkeys(GATE_TIMES, TIME_UNITS),
+    "request_tps": TOKEN_UNITS,
+    "success": {"%": 0.01},
+    "throughput": TOKEN_UNITS,
+    "steady": TOKEN_UNITS,
+    "rps": REQUEST_UNITS,
+    "goodput": {**REQUEST_UNITS, "%": 0.01},
+}
+WITH_STAT = frozenset((*GATE_TIMES, "request_tps"))
+GATE = re.compile(
+    r"(?ai)^\s*(?P<metric>[a-z_]+)\s*(?:\.\s*(?P<stat>[a-z0-9.]+))?\s*(?P<op><=|>=|<|>)\s*"
+    r"(?P<value>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<unit>%|[a-z]+(?:/s)?)?\s*$"
+)
+
+
+def parse_gate(text: str) -> Gate:
+    """A gate such as `ttft.p95<=800ms`, `success>=99%` or `throughput >= 500`; raises ValueError, which says how.
+
+    >>> parse_gate("ttft.p95 <= 0.8s").limit, parse_gate("success>=99.9%").limit
+    (800.0, 0.999)
+    """
+    found = GATE.match(text)
+    if not found:
+        raise ValueError("needs METRIC.STAT, one of <= < >= > and a limit, such as ttft.p95<=800ms or success>=99%")
+    metric, stat, unit = (str(found.group(name) or "").lower() for name in ("metric", "stat", "unit"))
+    if metric not in GATE_UNITS:
+        known = nearest(metric, GATE_UNITS) or "; one of %s" % ", ".join(GATE_UNITS)
+        raise ValueError("has an unknown metric, %s%s" % (metric, known))
+    if metric in WITH_STAT and stat not in GATE_STATS:
+        raise ValueError("needs a statistic of %s: %s.p95, or one of %s" % (metric, metric, ", ".join(GATE_STATS)))
+    if metric not in WITH_STAT and stat:
+        raise ValueError("needs %s without a statistic: leave .%s out" % (metric, stat))
+    units = GATE_UNITS[metric]
+    if unit not in units:
+        wanted = " or ".join(name or "no unit" for name in units)
+        raise ValueError("needs a limit of %s in %s, such as %s" % (metric, wanted, gate_example(metric)))
+    limit = round(float(found.group("value")) * units[unit], 10)
+    if not math.isfinite(limit) or (unit == "%" and limit > 1):
+        raise ValueError("has a limit that no figure can have; 100 % is the most of a share")
+    return Gate(text, metric, stat, found.group("op"), limit)
+
+
+def gate_example(metric: str) -> str:
+    """How a gate on this metric may look."""
+    if metric in GATE_TIMES:
+        return metric + ".p95<=800ms"
+    return {"success": "success>=99%", "request_tps": "request_tps.p50>=20"}.get(metric, metric + ">=5")
+
+
+# What one request can meet or miss, and in which direction: the limits that goodput counts by.
+REQUEST_LIMITS = {
+    **{name + "_ms": "<" for name in GATE_TIMES if name not in ("itl", "queue", "connect")}, "request_tps": ">",
+}  # fmt: skip
+
+
+def request_limits(gates: Sequence[Gate]) -> List[Gate]:
+    """The gates whose limits one request can meet or miss: upper ones on its times, lower ones on its tokens/s."""
+    return [gate for gate in gates if gate.op.startswith(REQUEST_LIMITS.get(gate.figure, "none"))]
+
+
+def parse_gates(texts: Sequence[str]) -> List[Gate]:
+    """Several gates; raises ValueError for one that can't be read, and for a goodput without a limit to count by."""
+    gates = [parse_gate(text) for text in texts]
+    if any(gate.metric == "goodput" for gate in gates) and not request_limits(gates):
+        raise ValueError("needs, beside a goodput, a limit that one request can meet, such as ttft.p95<=800ms")
+    return gates
 
 
 # Query parameters and headers whose values are never shown. A token inside a longer name counts too
@@ -1469,14 +1604,6 @@ def replace_headers(headers: List[Tuple[str, str]], lines: Sequence[str]) -> Lis
 PROVIDERS: Dict[str, Type[Provider]] = {"openai": Provider}
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that a mistyped one most likely means, as ` (did you mean …?)`; "" when none is near."""
-    import difflib
-
-    found = difflib.get_close_matches(word, list(known), 1)
-    return " (did you mean %s?)" % found[0] if found else ""
-
-
 def make_provider(config: Config) -> Provider:
     """The provider that the configuration names; raises UserError."""
     if config.provider not in PROVIDERS:
@@ -1738,8 +1865,11 @@ def describe(values: Sequence[float]) -> Optional[Dict[str, Any]]:
 
 
 def rounded(figures: Dict[str, Any]) -> Dict[str, Any]:
-    """The figures with floats cut to 4 decimals: 0.1 µs, or one in ten thousand."""
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
+    """The figures with floats cut to 4 decimals: 0.1 µs, or one in ten thousand; a share of 1 keeps 8."""
+    return {
+        key: round(value, 8 if key.endswith("_share") else 4) if isinstance(value, float) else value
+        for key, value in figures.items()
+    }
 
 
 def describe_histogram(
@@ -2237,7 +2367,9 @@ def badness(reason: Reason) -> List[float]:
     return [value for value in reason.values.values() if isinstance(value, float)]
 
 
-def summarize_stage(rows: Rows, mode: str, audits: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
+def summarize_stage(
+    rows: Rows, mode: str, audits: Sequence[Mapping[str, Any]], gates: Sequence[Gate] = ()
+) -> Dict[str, Any]:
     """The figures of one stage; the same keys stand at the top of summary.json when there is only one."""
     wall = wall_ms(rows)
     block: Dict[str, Any] = {"stage": rows.stage, "load": rows.load}
@@ -2248,16 +2380,45 @@ def summarize_stage(rows: Rows, mode: str, audits: Sequence[Mapping[str, Any]]) 
     block["itl_ms"] = describe_histogram(rows.itl_hist, rows.itl_sum_ms, rows.itl_min_ms, rows.itl_max_ms)
     block["request_tps"] = describe([1000.0 / value for value in rows.successful("tpot_ms") if value > 0])
     block["tokens"] = count_tokens([rows], mode)
-    block["throughput"] = throughput_of(rows, wall, mode)
+    block["throughput"] = throughput_of(rows, wall, mode, gates)
     block["errors"] = merge_errors([rows])
     mine = [audit for audit in audits if audit["stage"] == rows.stage]
     block["client"] = client_block(mine, [rows])
     limit = lag_limit_ms((block["ttft_ms"] or {}).get("p50"))
     block["client"]["late_percent"] = round(late_percent(rows, limit), 4)
+    if gates:
+        block["slo"] = judge_gates(block, gates)
     return {key: value for key, value in block.items() if value is not None}
 
 
-def throughput_of(rows: Rows, wall: float, mode: str) -> Dict[str, Any]:
+def count_good(rows: Rows, limits: Sequence[Gate]) -> int:
+    """How many requests succeeded and met every one of these limits."""
+    columns = [rows.columns["tpot_ms" if gate.figure == "request_tps" else gate.figure] for gate in limits]
+    good = 0
+    for status, *values in zip(rows.status, *columns):
+        if status == "ok" and all(map(meets, limits, values)):
+            good += 1
+    return good
+
+
+def meets(limit: Gate, value: float) -> bool:
+    """Whether one request's value of a column meets a limit; tokens/s are the inverse of TPOT; NaN never does."""
+    if limit.figure == "request_tps":
+        return value > 0 and limit.holds(1000.0 / value)
+    return limit.holds(value)
+
+
+def goodput_of(rows: Rows, seconds: float, gates: Sequence[Gate]) -> Dict[str, float]:
+    """Goodput as a rate and as a share; nothing when no gate limits a single request."""
+    limits = request_limits(gates)
+    finished = len(rows) - rows.count(*NOT_JUDGED)
+    if not limits or not finished:
+        return {}
+    good = count_good(rows, limits)
+    return {"goodput_rps": good / seconds, "goodput_share": good / finished}
+
+
+def throughput_of(rows: Rows, wall: float, mode: str, gates: Sequence[Gate] = ()) -> Dict[str, Any]:
     """The `throughput` block of one stage; token rates are absent when the endpoint reports no usage."""
     seconds = wall / 1000.0
     block: Dict[str, Any] = {}
@@ -2273,7 +2434,45 @@ def throughput_of(rows: Rows, wall: float, mode: str) -> Dict[str, Any]:
             block["steady_absent_reason"] = reason
     if mode != "disabled":
         block["output_chars_per_s"] = rows.total("out_chars") / seconds
+    block.update(goodput_of(rows, seconds, gates))
     return rounded(block)
+
+
+# Gates. A gate names a figure of a stage and a limit; `slo` holds what became of each, stage by stage, and a run passes
+# if each stage does. A figure that is not there fails its gate: nobody can vouch for it.
+
+
+def gate_value(block: Mapping[str, Any], gate: Gate) -> Tuple[Optional[float], int]:
+    """The figure of a stage that a gate is held against, and of how many requests (or gaps) it is made."""
+    requests = block["requests"]
+    if gate.stat:
+        figures = block.get(gate.figure) or {}
+        return figures.get(gate.stat), figures.get("n", 0)
+    finished = requests["success"] + requests["failure"]
+    if gate.figure == "success_rate":
+        return requests.get("success_rate"), finished
+    n = finished if gate.metric == "goodput" else requests["success"]
+    return block.get("throughput", {}).get(gate.figure), n
+
+
+def judge_gates(block: Mapping[str, Any], gates: Sequence[Gate]) -> List[Dict[str, Any]]:
+    """The `slo` entries of one stage: `{gate, metric, stat, op, limit, value, n, passed, stage}`, value if known."""
+    entries = []
+    for gate in gates:
+        value, n = gate_value(block, gate)
+        entry = {"gate": gate.text, "metric": gate.metric, "stat": gate.stat, "op": gate.op, "limit": gate.limit}
+        if value is not None:
+            entry["value"] = value
+        entries.append({**entry, "n": n, "passed": gate.holds(value), "stage": block["stage"]})
+    return entries
+
+
+def gates_of(config: Mapping[str, Any]) -> List[Gate]:
+    """The gates that a run's configuration names; raises UserError for one that this version can't read."""
+    try:
+        return parse_gates(config.get("slo") or [])
+    except ValueError as error:
+        raise UserError("the run's --slo %s; this version of llmbench can't judge it" % error) from None
 
 
 def noise_floor(selftest: Mapping[str, Any], streams: int) -> Dict[str, Any]:
@@ -2288,7 +2487,8 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     config = header.get("config", {})
     mode = config.get("token_mode", "usage")
     rows = collector.rows()
-    stages = [summarize_stage(stage, mode, collector.audits) for stage in rows]
+    gates = gates_of(config)
+    stages = [summarize_stage(stage, mode, collector.audits, gates) for stage in rows]
     summary: Dict[str, Any] = {"schema": 1}
     for key in ("tool_version", "run_id", "provider", "model", "url", "started_at"):
         if header.get(key) is not None:
@@ -2301,7 +2501,7 @@ def summarize(collector: Collector) -> Dict[str, Any]:
         summary["tokens"] = count_tokens(rows, mode)
         summary["errors"] = merge_errors(rows)
     summary["samples"] = collector.samples
-    summary["slo"] = []
+    summary["slo"] = [entry for stage in stages for entry in stage.get("slo", [])]
     summary["stages"] = stages
     summary["client"] = client_block(collector.audits, rows)
     if "selftest" in header:
@@ -4857,17 +5057,12 @@ def clock_text(milliseconds: float) -> str:
 
 # One stage, and what the gates say of it
 
-GATE_NAMES = {"success": "success_rate", "throughput": "output_tokens_per_s"}
-TIMES = frozenset(("ttft", "ttfe", "ttfb", "latency", "decode", "tpot", "itl", "queue", "connect",
-                   "ttft_from_scheduled", "latency_from_scheduled"))
-
-
 def gate_metric(gate: Mapping) -> str:
     """The summary's name of the metric of a gate: ttft is ttft_ms, success is success_rate."""
     name = str(gate.get("metric", ""))
-    if name in GATE_NAMES:
-        return GATE_NAMES[name]
-    return name + "_ms" if name in TIMES else name
+    if name == "goodput" and str(gate.get("gate", "")).rstrip().endswith("%"):
+        return "goodput_share"
+    return GATE_FIGURES.get(name, name)
 
 
 @dataclass(frozen=True)

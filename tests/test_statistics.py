@@ -445,3 +445,107 @@ def test_the_first_samples_are_kept():
 ])  # fmt: skip
 def test_timestamps(text, seconds):
     assert llmbench.timestamp(text) == pytest.approx(seconds, abs=1e-6)
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+JUDGED = [record(100.0 * i, 100.0 * i + 200.0 + i, 100.0 * i + 1000.0, 90, tpot_ms=10.0) for i in range(40)]
+
+
+def judged(texts, lines=JUDGED, **config):
+    """What became of each gate: passed, and its value."""
+    summary = llmbench.summarize(collect(lines, slo=texts, concurrency=[8], **config))
+    return [(entry["gate"], entry["passed"], entry.get("value")) for entry in summary["slo"]]
+
+
+def test_each_gate_is_held_against_its_figure_of_the_summary():
+    summary = llmbench.summarize(collect(JUDGED, concurrency=[8]))
+    texts = ["ttft.p95<=1s", "ttft.max<239ms", "ttft.max<=239ms", "ttft.min>=200ms", "latency.mean<1s", "success>=100%",
+             "throughput>=1", "rps>1", "request_tps.p50>=100", "request_tps.p50>100", "tpot.p50<10ms"]  # fmt: skip
+    expected = [True, False, True, True, False, True, True, True, True, False, False]
+    found = judged(texts)
+    assert [passed for _, passed, _ in found] == expected and [text for text, _, _ in found] == texts
+    assert [value for _, _, value in found[:2]] == [summary["ttft_ms"]["p95"], summary["ttft_ms"]["max"]]
+    assert found[6][2] == summary["throughput"]["output_tokens_per_s"]
+
+
+def test_an_entry_of_slo_has_its_keys_in_order():
+    summary = llmbench.summarize(collect(JUDGED, slo=[" ttft.p95 <= 0.8s"], concurrency=[8]))
+    (entry,) = summary["slo"]
+    assert list(entry) == ["gate", "metric", "stat", "op", "limit", "value", "n", "passed", "stage"]
+    assert (entry["gate"], entry["limit"], entry["n"], entry["stage"]) == (" ttft.p95 <= 0.8s", 800.0, 40, 0)
+    assert summary["stages"][0]["slo"] == summary["slo"]
+
+
+@pytest.mark.parametrize("text", ["itl.p50<=1s", "tpot.p50<=1s", "throughput>=0", "steady>=0", "ttfb.p50<1s"])
+def test_a_figure_that_is_not_there_fails_its_gate(text):
+    lines = [record(tokens=None)]
+    assert judged([text], lines) == [(text, False, None)]
+    assert judged([text], []) == [(text, False, None)]
+
+
+def test_a_thin_success_rate_is_judged_exactly():
+    lines = [record(i, status="timeout" if i == 0 else "ok") for i in range(1000)]
+    assert [passed for _, passed, _ in judged(["success>=99.9%", "success>99.9%"], lines)] == [True, False]
+    assert [passed for _, passed, _ in judged(["success>=99.9%"], [record(0, status="timeout"), *lines])] == [False]
+
+
+def test_every_stage_is_judged_on_its_own():
+    lines = [record(0, 100), record(0, 900, stage=1)]
+    summary = llmbench.summarize(collect(lines, slo=["ttft.p50<=500ms", "success>=99%"], concurrency=[1, 2]))
+    assert [(entry["stage"], entry["metric"], entry["passed"]) for entry in summary["slo"]] == [
+        (0, "ttft", True), (0, "success", True), (1, "ttft", False), (1, "success", True)]  # fmt: skip
+
+
+def test_a_gate_of_another_version_is_a_mistake_with_a_name():
+    with pytest.raises(llmbench.UserError, match="unknown metric, energy"):
+        llmbench.summarize(collect(JUDGED, slo=["energy<5"]))
+
+
+# --- goodput ----------------------------------------------------------------------------------------------------------
+#
+# Ten requests of one second each, one after the other, so that a share of 0.1 is a rate of 0.1 a second. TTFT is 100,
+# 200, … 1,000 ms; the last failed, the one before has no TTFT.
+
+TEN = [record(1000.0 * i, 1000.0 * i + 100.0 * (i + 1), 1000.0 * i + 1000.0, 11, tpot_ms=10.0 + i) for i in range(8)]
+TEN += [record(8000.0, None, 9000.0, 11), record(9000.0, 9100.0, 10000.0, status="timeout", ttft_ms=100.0)]
+
+
+def goodput(*texts, lines=TEN, mode="usage"):
+    throughput = llmbench.summarize(collect(lines, slo=list(texts), token_mode=mode))["throughput"]
+    return throughput.get("goodput_share"), throughput.get("goodput_rps")
+
+
+@pytest.mark.parametrize("texts,good", [
+    (["ttft.p95<=300ms"], 3), (["ttft.p95<300ms"], 2), (["ttft.p50<=9s"], 8), (["latency.p50<=1s"], 9),
+    (["latency.p50<1s"], 0), (["ttft.p50<=300ms", "ttft.p99<=900ms"], 3),  # both: the stricter
+    (["ttft.p95<=500ms", "tpot.p95<=13ms"], 4), (["request_tps.p50>=80"], 3), (["request_tps.p50>80"], 3),
+    (["ttfe.max<=1ms"], 0), (["ttft.p95<=800ms", "success>=99%", "throughput>=5", "itl.p99<=1ms"], 8),
+])  # fmt: skip
+def test_goodput_counts_what_met_every_limit_of_a_request(texts, good):
+    assert goodput(*texts) == (good / 10, pytest.approx(good / 10))
+    assert goodput(*texts, mode="disabled") == goodput(*texts)
+
+
+@pytest.mark.parametrize("texts", [[], ["success>=99%"], ["ttft.p50>=1ms"], ["request_tps.p50<=9"], ["queue.p50<1ms"]])
+def test_without_a_limit_of_a_request_there_is_no_goodput(texts):
+    assert goodput(*texts) == (None, None)
+
+
+def test_cancelled_and_dropped_requests_are_no_part_of_goodput():
+    more = [record(9500.0, status="cancelled", end=9900.0), record(9600.0, status="dropped", start_ms=None)]
+    assert goodput("ttft.p95<=300ms", lines=TEN + more)[0] == 0.3
+    assert goodput("ttft.p95<=300ms", lines=more) == (None, None)
+
+
+def test_goodput_has_gates_of_its_own():
+    texts = ["ttft.p95<=300ms", "goodput>=0.3", "goodput>=30%", "goodput>30%"]
+    entries = llmbench.summarize(collect(TEN, slo=texts))["slo"][1:]
+    assert [(entry["passed"], entry["value"], entry["n"]) for entry in entries] == [
+        (True, 0.3, 10), (True, 0.3, 10), (False, 0.3, 10)]  # fmt: skip
+
+
+def test_the_share_of_goodput_is_not_rounded_to_a_limit_that_it_misses():
+    lines = [record(i, i + 100, i + 1000) for i in range(99_999)] + [record(0, status="timeout")]
+    share, _ = goodput("ttft.p95<=300ms", lines=lines)
+    assert share == 0.99999

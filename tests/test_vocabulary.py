@@ -257,3 +257,70 @@ def test_a_default_of_the_configuration_is_what_its_flag_shows():
     for name, text in shown.items():
         assert flags[name].default == text
         assert flags[name].read(text) == defaults[name]
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text,metric,stat,op,limit", [
+    ("ttft.p95<=800ms", "ttft", "p95", "<=", 800.0), (" ttft . p95 <= 0.8 s ", "ttft", "p95", "<=", 800.0),
+    ("TTFT.P95<=800MS", "ttft", "p95", "<=", 800.0), ("tpot.p99<50ms", "tpot", "p99", "<", 50.0),
+    ("queue.max<250us", "queue", "max", "<", 0.25), ("itl.mean<.5s", "itl", "mean", "<", 500.0),
+    ("latency_from_scheduled.p90<=2.3s", "latency_from_scheduled", "p90", "<=", 2300.0),
+    ("connect.min>0ms", "connect", "min", ">", 0.0), ("request_tps.p50>=20", "request_tps", "p50", ">=", 20.0),
+    ("request_tps.mean >= 20 tok/s", "request_tps", "mean", ">=", 20.0),
+    ("success>=99%", "success", "", ">=", 0.99), ("success >= 99.9 %", "success", "", ">=", 0.999),
+    ("success>=100%", "success", "", ">=", 1.0), ("throughput>=500", "throughput", "", ">=", 500.0),
+    ("steady>=500 tokens/s", "steady", "", ">=", 500.0), ("rps>=4.5 req/s", "rps", "", ">=", 4.5),
+    ("goodput>=4", "goodput", "", ">=", 4.0), ("goodput>=95%", "goodput", "", ">=", 0.95),
+])  # fmt: skip
+def test_a_gate_is_read(text, metric, stat, op, limit):
+    assert llmbench.parse_gate(text) == (text, metric, stat, op, limit)
+
+
+@pytest.mark.parametrize("text,said", [
+    ("", "METRIC.STAT"), ("ttft", "METRIC.STAT"), ("ttft.p95", "METRIC.STAT"), ("ttft.p95=800ms", "one of <= < >= >"),
+    ("ttft.p95==800ms", "one of"), ("ttft.p95=<800ms", "one of"), ("ttft.p95<=ms", "METRIC.STAT"),
+    ("ttft.p95<=-800ms", "METRIC.STAT"), ("ttft.p95<=8e2ms", "METRIC.STAT"), ("ttft.p95<=1,000ms", "METRIC.STAT"),
+    ("ttft.p95<=800ms tpot.p95<=1s", "METRIC.STAT"), ("ttft.p95<=nan", "METRIC.STAT"),
+    ("ttft.p95<=８００ms", "METRIC.STAT"),
+    ("tttf.p95<=800ms", "did you mean ttft?"), ("latencies.p95<=1s", "did you mean latency?"),
+    ("sucess>=99%", "did you mean success?"), ("zzz<1", "one of ttft, ttfe"),
+    ("ttft<=800ms", "needs a statistic of ttft"), ("ttft.p999<=800ms", "p50, p90, p95, p99, mean, min, max"),
+    ("ttft.p99.9<=800ms", "needs a statistic"), ("request_tps>=20", "needs a statistic of request_tps"),
+    ("success.p50>=99%", "leave .p50 out"), ("throughput.mean>=5", "leave .mean out"),
+    ("ttft.p95<=800", "us or ms or s, such as ttft.p95<=800ms"), ("ttft.p95<=2m", "us or ms or s"),
+    ("ttft.p95<=80%", "us or ms or s"), ("success>=0.99", "in %, such as success>=99%"),
+    ("success>=99.9.9%", "METRIC.STAT"), ("success>=101%", "100 % is the most"), ("throughput>=5ms", "no unit"),
+    ("goodput>=5tok/s", "no unit or req/s or %"), ("ttft.p95<=" + "9" * 400 + "s", "no figure can have"),
+])  # fmt: skip
+def test_a_gate_that_cannot_be_read_says_what_to_do(text, said):
+    with pytest.raises(ValueError) as raised:
+        llmbench.parse_gate(text)
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_every_metric_of_a_gate_is_a_figure_that_the_summary_has():
+    figures = {*llmbench.METRICS, *llmbench.DISTRIBUTIONS, "itl_ms"}
+    for metric in llmbench.GATE_UNITS:
+        gate = llmbench.parse_gate(llmbench.gate_example(metric))
+        assert gate.metric == metric and gate.figure in figures
+
+
+def test_a_share_of_goodput_is_another_figure_than_its_rate():
+    assert [llmbench.parse_gate(text).figure for text in ("goodput>=4", "goodput>=90 % ")] == [
+        "goodput_rps", "goodput_share"]  # fmt: skip
+
+
+def test_the_limits_that_one_request_can_meet():
+    texts = ["ttft.p50<=1s", "ttft.p99>1ms", "request_tps.p50>=20", "request_tps.p50<=90", "itl.p99<1s", "queue.p99<1s",
+             "success>=99%", "throughput>=5", "latency_from_scheduled.mean<9s"]  # fmt: skip
+    limits = llmbench.request_limits([llmbench.parse_gate(text) for text in texts])
+    assert [gate.text for gate in limits] == ["ttft.p50<=1s", "request_tps.p50>=20", "latency_from_scheduled.mean<9s"]
+
+
+def test_goodput_needs_a_limit_to_count_by():
+    assert len(llmbench.parse_gates(["ttft.p95<=1s", "goodput>=95%"])) == 2
+    for texts in (["goodput>=95%"], ["goodput>=95%", "itl.p99<=1s"]):
+        with pytest.raises(ValueError, match="one request can meet"):
+            llmbench.parse_gates(texts)
