@@ -2183,7 +2183,11 @@ def lag_figures(audits: Sequence[Mapping[str, Any]]) -> Optional[Dict[str, Any]]
 
 def client_block(audits: Sequence[Mapping[str, Any]], rows: Sequence[Rows]) -> Dict[str, Any]:
     """What the client says of itself: clock, lag of its reads, slack of TTFT, CPU of its busiest process."""
-    block: Dict[str, Any] = {"processes": len({audit.get("part", 0) for audit in audits}) or 1}
+    parts = {(audit.get("shard"), audit.get("part", 0)) for audit in audits}  # hosts may number theirs alike
+    block: Dict[str, Any] = {"processes": len(parts) or 1}
+    hosts = {shard for shard, _ in parts if shard is not None}
+    if hosts:
+        block["hosts"] = len(hosts)
     clocks = set().union(*(stage.clocks for stage in rows))
     if clocks:
         block["clock"] = "mixed" if len(clocks) > 1 else clocks.pop()
@@ -2207,6 +2211,8 @@ CPU_LIMIT = 90.0  # % of one CPU: a process above it can't be shown to have kept
 SHORT_RUN_MS = 1000.0  # the CPU share of less says nothing: starting and ending are part of it
 LATE_LIMIT = 1.0  # % of starts that came late by our own delay
 SHARE_LIMIT = 1.0  # % of requests from which on failures, cancellations and odd answers count
+CLOCK_LIMIT_MS = 100.0  # how far the clocks of hosts may be apart before the load of a stage is not one load any more
+CUT_OFF = "cut off"  # how a shard ended whose file has no end line
 EXHAUSTED = ("too many open files", "no free local port")  # causes of a connect_error that are this host's
 
 
@@ -2239,7 +2245,7 @@ def client_reasons(rows: Rows, stage: Mapping[str, Any]) -> Iterator[Reason]:
     client = stage["client"]
     limit = lag_limit_ms((stage.get("ttft_ms") or {}).get("p50"))
     if client.get("cpu_percent", 0.0) > CPU_LIMIT and stage["wall_time_ms"] >= SHORT_RUN_MS:
-        more = 2 * client["processes"]
+        more = -(-2 * client["processes"] // client.get("hosts", 1))  # on each host
         yield Reason("INVALID", "cpu", {"cpu": client["cpu_percent"], "limit": CPU_LIMIT, "processes": more})
     for name in ("lag_ms", "ttft_slack_ms"):
         figures = client.get(name) or {}
@@ -2254,14 +2260,21 @@ def client_reasons(rows: Rows, stage: Mapping[str, Any]) -> Iterator[Reason]:
         yield Reason("INVALID", "exhausted", {"n": exhausted})
 
 
-def late_percent(rows: Rows, limit: float) -> float:
+def first_dues(merged: Mapping[str, Any], stage: int) -> Set[float]:
+    """When each shard's first request of a stage was due, in ms: hosts do not begin a stage in the same moment."""
+    dues = (shard.get("first_due_ms", {}).get(str(stage)) for shard in merged.get("shards", ()))
+    return {due for due in dues if due is not None}
+
+
+def late_percent(rows: Rows, limit: float, firsts: Iterable[float] = ()) -> float:
     """The share of starts (%) that waited in this client for more than `limit` ms; a stage's first wave is not judged.
 
-    In a closed loop the first wave is due in one moment and can only go out one after the other.
+    In a closed loop the first wave is due in one moment and can only go out one after the other. `firsts`: those
+    moments, where there were several hosts.
     """
     first = min((due for due in rows.columns["scheduled_ms"] if due == due), default=0.0)
     pairs = zip(rows.columns["queue_ms"], rows.columns["scheduled_ms"])
-    waits = [wait for wait, due in pairs if wait == wait and due > first]
+    waits = [wait for wait, due in pairs if wait == wait and due > first and due not in firsts]
     return part_of(sum(wait > limit for wait in waits), len(waits))
 
 
@@ -2327,13 +2340,50 @@ def warmup_reasons(rows: Rows) -> Iterator[Reason]:
         yield Reason("CAUTION", "warmup", {"first": slow, "usual": usual["p50"], "n": len(first)})
 
 
-def run_reasons(end: Optional[Mapping[str, Any]], client: Mapping[str, Any]) -> Iterator[Reason]:
+def early_ends(end: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
+    """Why a run ended before its time; of a merged one what each such shard said, shards that said the same together.
+
+    >>> shards = [{"shard": "0/3"}, {"shard": "1/3", "end": {"reason": "done"}}, {"shard": "2/3"}]
+    >>> early_ends({"reason": "cut off", "shard": "0/3"}, {"shards": shards})
+    'shard 0/3, 2/3: cut off'
+    """
+    told: Dict[str, List[str]] = {}
+    for shard in merged.get("shards", ()):
+        told.setdefault(shard.get("end", {"reason": CUT_OFF}).get("reason", "done"), []).append(shard["shard"])
+    told.pop("done", None)
+    return "; ".join("shard %s: %s" % (few_of(names), reason) for reason, names in told.items()) or end["reason"]
+
+
+def few_of(names: Sequence[str], most: int = 8) -> str:
+    """The names in a row; of very many the first ones and how many more there are.
+
+    >>> few_of("abcde", 3)
+    'a, b, … (5)'
+    """
+    return ", ".join(names if len(names) <= most else [*names[: most - 1], "… (%d)" % len(names)])
+
+
+def merged_reasons(merged: Mapping[str, Any]) -> Iterator[Reason]:
+    """What concerns the shards that a run was merged from."""
+    missing = merged.get("missing", ())
+    if missing:
+        n = len(missing) + len(merged["shards"])
+        yield Reason("CAUTION", "shards_missing", {"shards": few_of(missing), "n": n})
+    apart = merged.get("clock", {}).get("disagree_ms", 0.0)
+    if apart > CLOCK_LIMIT_MS:
+        yield Reason("CAUTION", "clocks_disagree", {"ms": apart, "hosts": ", ".join(merged["clock"]["hosts"])})
+
+
+def run_reasons(
+    end: Optional[Mapping[str, Any]], client: Mapping[str, Any], merged: Mapping[str, Any]
+) -> Iterator[Reason]:
     """What concerns the run as a whole."""
     if end is None:
         yield Reason("CAUTION", "cut_off", {})
     elif end.get("reason", "done") != "done":
         state = "INVALID" if end.get("lost_workers") else "CAUTION"  # a part of the client failed
-        yield Reason(state, "ended_early", {"reason": end["reason"]})
+        yield Reason(state, "ended_early", {"reason": early_ends(end, merged)})
+    yield from merged_reasons(merged)
     lag = (client.get("lag_ms") or {}).get("p99", 0.0)
     if client.get("clock", "kernel") != "kernel" and lag > 1.0:
         yield Reason("CAUTION", "clock", {"lag": lag})
@@ -2345,7 +2395,7 @@ def judge(summary: Mapping[str, Any], rows: Sequence[Rows]) -> Dict[str, Any]:
     A reason that several stages give stands once, with the values of the stage where it is worst.
     """
     found: Dict[Tuple[str, str], List[Tuple[Reason, int]]] = {}
-    for reason in run_reasons(summary.get("end"), summary["client"]):
+    for reason in run_reasons(summary.get("end"), summary["client"], summary.get("merged", {})):
         found[reason.state, reason.key] = [(reason, 0)]
     for stage, stage_rows in zip(summary["stages"], rows):
         reasons = [*client_reasons(stage_rows, stage), *sample_reasons(stage_rows, stage, summary["config"])]
@@ -2368,7 +2418,7 @@ def badness(reason: Reason) -> List[float]:
 
 
 def summarize_stage(
-    rows: Rows, mode: str, audits: Sequence[Mapping[str, Any]], gates: Sequence[Gate] = ()
+    rows: Rows, mode: str, audits: Sequence[Mapping[str, Any]], gates: Sequence[Gate] = (), firsts: Iterable[float] = ()
 ) -> Dict[str, Any]:
     """The figures of one stage; the same keys stand at the top of summary.json when there is only one."""
     wall = wall_ms(rows)
@@ -2385,7 +2435,7 @@ def summarize_stage(
     mine = [audit for audit in audits if audit["stage"] == rows.stage]
     block["client"] = client_block(mine, [rows])
     limit = lag_limit_ms((block["ttft_ms"] or {}).get("p50"))
-    block["client"]["late_percent"] = round(late_percent(rows, limit), 4)
+    block["client"]["late_percent"] = round(late_percent(rows, limit, firsts), 4)
     if gates:
         block["slo"] = judge_gates(block, gates)
     return {key: value for key, value in block.items() if value is not None}
@@ -2487,10 +2537,12 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     config = header.get("config", {})
     mode = config.get("token_mode", "usage")
     rows = collector.rows()
-    gates = gates_of(config)
-    stages = [summarize_stage(stage, mode, collector.audits, gates) for stage in rows]
+    gates, merged = gates_of(config), header.get("merged", {})
+    stages = [
+        summarize_stage(stage, mode, collector.audits, gates, first_dues(merged, stage.stage)) for stage in rows
+    ]
     summary: Dict[str, Any] = {"schema": 1}
-    for key in ("tool_version", "run_id", "provider", "model", "url", "started_at"):
+    for key in ("tool_version", "run_id", "provider", "model", "url", "started_at", "merged"):
         if header.get(key) is not None:
             summary[key] = header[key]
     if len(stages) == 1:
@@ -5334,15 +5386,28 @@ def run_times(header: Mapping, stages: Sequence[StageView]) -> Tuple[str, str]:
     return span_text(started + zone, ended + zone, "UTC" + name), span_text(started, ended, "UTC")
 
 
+def merged_values(merged: Mapping) -> Dict[str, object]:
+    """What the text of a merged run says: how many shards of how many, and the hosts that they ran on."""
+    shards = merged["shards"]
+    hosts = list(dict.fromkeys(str(shard.get("host", DASH)) for shard in shards))
+    return {"shards": len(shards), "n": len(shards) + len(merged.get("missing", ())), "hosts": few_of(hosts)}
+
+
+def host_fact(page: Page, header: Mapping) -> Text:
+    """From where the endpoint was loaded: a host with its address and system, or the shards that were merged."""
+    if header.get("merged"):
+        return page.said("from.merged", **merged_values(header["merged"]))
+    details = ", ".join(str(part) for part in (
+        header.get("address"), " ".join(str(header[key]) for key in ("os", "arch") if header.get(key))) if part)
+    return page.said("from", host=header.get("host", DASH), details=details) if details else header.get("host", DASH)
+
+
 def facts(page: Page, header: Mapping, stages: Sequence[StageView]) -> Markup:
     """Endpoint, when, from where, under which load."""
     local, utc = run_times(header, stages)
-    details = ", ".join(str(part) for part in (
-        header.get("address"), " ".join(str(header[key]) for key in ("os", "arch") if header.get(key))) if part)
-    host = page.said("from", host=header.get("host", DASH), details=details) if details else header.get("host", DASH)
     parts = re.split("(?<=/)(?=[^/])", str(header.get("url", DASH)))
     url = joined(page.html(part) + page.fill("break") for part in parts)
-    table_of_facts = (("fact.endpoint", url, ""), ("fact.when", local, utc), ("fact.from", host, ""),
+    table_of_facts = (("fact.endpoint", url, ""), ("fact.when", local, utc), ("fact.from", host_fact(page, header), ""),
                       ("fact.load", load_fact(page, stages, header.get("config", {})), ""))
     return joined(page.fill("fact", name=page.said(key), value=value, hover=hover)
                   for key, value, hover in table_of_facts)
@@ -6655,8 +6720,9 @@ def client_table(page: Page, summary: Mapping, stages: Sequence[StageView], end:
     dropped = sum(stage.requests.get("dropped", 0) for stage in stages)
     if any("rps" in stage.rows.load for stage in stages):
         rows.append(client_row(page.said("client.dropped"), "0", count(dropped), not dropped))
+    whole = end is not None and all("end" in shard for shard in summary.get("merged", {}).get("shards", ()))
     rows.append(client_row(page.said("client.records"), page.said("client.end_line"),
-                           page.said("no" if end is None else "yes"), end is not None))
+                           page.said("yes" if whole else "no"), whole))
     head = heads(page, "client.check", "client.limit", "client.measured")
     return table(page, [head[0] + [Cell("")]], rows, "audit")
 
@@ -7105,6 +7171,296 @@ def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[
     return summary
 
 
+# The shards of a run. Host k of n leaves a directory of its own. Its requests are those whose number i has i mod n = k:
+# a record's id says whether it belongs there, and one bit for each number whether it came before. `survey_shard` reads
+# a file once and finds out whether it can be merged; only when all of them can is anything written. Records are copied
+# as they are, in the order in which they ended; nothing is averaged and no time is shifted. Times count from the run's
+# zero, the --start-at that all hosts share, each on its own clock: how far these are apart is said, not corrected.
+
+SHARD = re.compile(r"^([0-9]{1,5})/([0-9]{1,5})$")
+PER_HOST = frozenset(("shard", "out", "token", "processes", "lang", "progress"))  # flags that hosts need not share
+ONE_RUN = ("tool_version", "provider", "model", "url")  # what else they share
+PAGE = 65536  # numbers in 8 KiB
+
+
+class Numbers:
+    """Which request numbers were there, one bit for each."""
+
+    def __init__(self) -> None:
+        self._pages: Dict[Tuple[int, int], bytearray] = {}
+
+    def add(self, stage: int, number: int) -> bool:
+        """Notes a number; whether it is there for the first time."""
+        place, bit = divmod(number % PAGE, 8)
+        page = self._pages.get((stage, number // PAGE))
+        if page is None:
+            page = self._pages[stage, number // PAGE] = bytearray(PAGE // 8)
+        new = not page[place] >> bit & 1
+        page[place] |= 1 << bit
+        return new
+
+
+@dataclass
+class Shard:
+    """What is known of one shard when its results.jsonl has been read."""
+
+    directory: str
+    number: int
+    of: int
+    run: Dict[str, Any]
+    lines: int = 1
+    records: int = 0
+    end: Optional[Dict[str, Any]] = None
+    stages: Dict[int, Dict[str, Any]] = field(default_factory=dict)
+    first_due_ms: Dict[int, float] = field(default_factory=dict)
+    parts: Set[int] = field(default_factory=set)
+    offsets: List[Tuple[float, float]] = field(default_factory=list)
+    seen: Numbers = field(default_factory=Numbers)
+
+    @property
+    def name(self) -> str:
+        """k/n."""
+        return "%d/%d" % (self.number, self.of)
+
+    @property
+    def host(self) -> str:
+        """The host with the shard: on one machine or in containers hosts may be named alike."""
+        return "%s (%s)" % (self.run.get("host", "?"), self.name)
+
+    def offset_ms(self) -> Optional[Tuple[float, float]]:
+        """Bounds of (endpoint's clock - this host's clock): the tightest that all its processes found.
+
+        Where they contradict each other (a clock was set, or several servers answer) the loosest: no more can be said.
+        """
+        if not self.offsets:
+            return None
+        lows, highs = zip(*self.offsets)
+        return (max(lows), min(highs)) if max(lows) <= min(highs) else (min(lows), max(highs))
+
+    def facts(self) -> Dict[str, Any]:
+        """What the merged header says of this shard."""
+        processes = self.run.get("config", {}).get("processes")
+        made = {
+            "shard": self.name, "host": self.run.get("host"), "address": self.run.get("address"),
+            "started_at": self.run.get("started_at"), "records": self.records,
+            "processes": len(self.parts) or (processes if isinstance(processes, int) else None),
+            "first_due_ms": {str(stage): due for stage, due in sorted(self.first_due_ms.items())},
+            "date_offset_ms": self.offset_ms(), "end": self.end,
+        }  # fmt: skip
+        return {key: value for key, value in made.items() if value is not None}
+
+    def take(self, line: Mapping[str, Any]) -> str:
+        """One line of the file after its header; gives what is wrong with it."""
+        self.lines += 1
+        if "run" in line:
+            return "is a second header"
+        if "request_id" in line:
+            self.records += 1
+            return self._take_record(line)
+        if "audit" in line:
+            audit = line["audit"]
+            if not isinstance(audit["stage"], int):
+                return "is not a record"
+            self.parts.add(audit.get("part", 0))
+            if "date_offset_ms" in audit:
+                low, high = audit["date_offset_ms"]
+                self.offsets.append((float(low), float(high)))
+        elif "stage" in line:
+            self.stages[int(line["stage"]["index"])] = line["stage"]
+        elif "end" in line:
+            self.end = dict(line["end"])
+        return ""
+
+    def _take_record(self, record: Mapping[str, Any]) -> str:
+        run_id, stage, number = record["request_id"].rsplit("-", 2)
+        if record["phase"] == "probe":  # RUN-STAGE-probe-PART-VERSION: in no figure
+            foreign = run_id != "%s-%d-probe" % (self.run["run_id"], record["stage"])
+        else:
+            turn, rest = divmod(int(number), self.of)
+            foreign = rest != self.number or int(stage) != record["stage"] or run_id != self.run["run_id"]
+        if foreign or record.get("shard", self.name) != self.name:
+            return "is a request that is not of shard %s" % self.name
+        if record["phase"] == "probe":
+            return ""
+        due = record.get("scheduled_ms")
+        if record["phase"] == "measure" and due is not None:
+            self.first_due_ms[record["stage"]] = min(due, self.first_due_ms.get(record["stage"], due))
+        return "" if self.seen.add(record["stage"], turn) else "is a request that was there before"
+
+
+def read_shard_header(directory: str, line: Mapping[str, Any]) -> Shard:
+    """The shard that the first line of a results.jsonl speaks of; raises UserError."""
+    run = line.get("run")
+    if not isinstance(run, dict) or not isinstance(run.get("config"), dict) or not run.get("run_id"):
+        raise UserError("%s does not begin with a header; restore the file as the run left it" % directory)
+    if "merged" in run:
+        raise UserError("%s is a merged run already; name the directories that it was merged from" % directory)
+    name = run["config"].get("shard")
+    if name is None:
+        raise UserError("%s is no shard but a whole run; leave it out, `llmbench report` shows it" % directory)
+    match = SHARD.match(str(name))
+    if match is None or int(match.group(1)) >= int(match.group(2)):
+        raise UserError("%s names no shard k/n with k below n; restore the file as the run left it" % directory)
+    return Shard(directory, int(match.group(1)), int(match.group(2)), run)
+
+
+def survey_shard(directory: str, notice: Callable[[str], None]) -> Shard:
+    """Reads a shard's results.jsonl to its end; raises UserError where it is not what one shard of one run leaves."""
+    path = os.path.join(directory, RESULTS)
+    if not os.path.isfile(path):
+        raise UserError("%s holds no %s; name a directory that `run --shard` left" % (directory, RESULTS))
+    lines = read_lines(path, notice)
+    shard = read_shard_header(directory, next(lines, {}))
+    for line in lines:
+        try:
+            wrong = shard.take(line)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            wrong = "is not a record"
+        if wrong:
+            raise UserError("%s line %d %s; restore the file as the run left it" % (path, shard.lines, wrong))
+    shard.seen = Numbers()  # its work is done
+    return shard
+
+
+def check_shards(shards: Sequence[Shard]) -> None:
+    """Whether these are different shards of one run; raises UserError."""
+    first = shards[0]
+    known: Dict[int, Shard] = {}
+    loads: Dict[int, Tuple[str, Dict[str, Any]]] = {}
+    for shard in shards:
+        two = "%s and %s " % (first.directory, shard.directory)
+        if shard.run["run_id"] != first.run["run_id"]:
+            raise UserError(two + "are of different runs; give every host the same flags and the same --start-at")
+        if shard.of != first.of:
+            raise UserError(two + "are shards %s and %s; name those of one number only" % (first.name, shard.name))
+        differing = differences(first.run, shard.run)
+        if differing:
+            raise UserError(two + "differ in %s; give every host the same flags" % ", ".join(differing))
+        twin = known.setdefault(shard.number, shard)
+        if twin is not shard:
+            two = "%s and %s " % (twin.directory, shard.directory)
+            raise UserError(two + "are both shard %s; leave one out" % shard.name)
+        for index, stage in shard.stages.items():
+            other, load = loads.setdefault(index, (shard.directory, stage))
+            if load != stage:
+                two = "%s and %s " % (other, shard.directory)
+                raise UserError(two + "ran different loads as stage %d; compare them, they are no one run" % index)
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> List[str]:
+    """The settings that two hosts of one run should share and don't, by name."""
+    found = [key for key in ONE_RUN if one.get(key) != other.get(key)]
+    mine, theirs = one["config"], other["config"]
+    shared = [key for key in sorted({*mine, *theirs} - PER_HOST) if mine.get(key) != theirs.get(key)]
+    return found + [key for key in shared if key not in found]
+
+
+def clocks_of(shards: Sequence[Shard]) -> Optional[Dict[str, Any]]:
+    """By how much the hosts' clocks disagree at least: `{disagree_ms, hosts}`, the two furthest apart; None: unknown.
+
+    Each host knows bounds of its distance to the endpoint's clock. Two whose bounds overlap may be of one mind.
+    """
+    bounds = [(shard.offset_ms(), shard.host) for shard in shards]
+    known = [(offset, host) for offset, host in bounds if offset is not None]
+    if len(known) < 2:
+        return None
+    (low, _), behind = max(known, key=lambda pair: pair[0][0])
+    (_, high), ahead = min(known, key=lambda pair: pair[0][1])
+    return {"disagree_ms": round(max(0.0, low - high), 4), "hosts": [behind, ahead] if low > high else []}
+
+
+def merged_run(shards: Sequence[Shard]) -> Dict[str, Any]:
+    """The merged header's `run`: the first shard's, with what is known of each.
+
+    A selftest is of one host and at its own load: it says nothing of all hosts together.
+    """
+    run = {key: value for key, value in shards[0].run.items() if key != "selftest"}
+    run["config"] = {key: value for key, value in run["config"].items() if key != "shard"}
+    present = {shard.number for shard in shards}
+    missing = ["%d/%d" % (number, shards[0].of) for number in range(shards[0].of) if number not in present]
+    run["merged"] = {"shards": [shard.facts() for shard in shards], "missing": missing}
+    clock_facts = clocks_of(shards)
+    if clock_facts is not None:
+        run["merged"]["clock"] = clock_facts
+    return run
+
+
+def merged_end(shards: Sequence[Shard]) -> Dict[str, Any]:
+    """The merged end line: done when every shard was, else the first other end with its shard; the latest time."""
+    ends = [(shard.name, shard.end or {"reason": CUT_OFF}) for shard in shards]
+    end: Dict[str, Any] = {"reason": "done"}
+    for name, told in ends:
+        if told.get("reason", "done") != "done":
+            end = {"reason": told["reason"], "shard": name}
+            break
+    notes = list(dict.fromkeys(note for _, told in ends for note in told.get("dialect", ())))
+    lost = sum(told.get("lost_workers", 0) for _, told in ends)
+    ended = max((told["ended_at"] for _, told in ends if "ended_at" in told), default=None)
+    made = {**end, "dialect": notes or None, "lost_workers": lost or None, "ended_at": ended}
+    return {key: value for key, value in made.items() if value is not None}
+
+
+def line_order(line: Mapping[str, Any]) -> Tuple[int, int, str]:
+    """Where a line belongs among other shards' lines: by stage; in it the stage line, records as they ended, audits."""
+    if "request_id" in line:
+        return line["stage"], 1, str(line.get("end_ts") or line.get("start_ts") or "")
+    if "audit" in line:
+        return line["audit"]["stage"], 2, ""
+    return (line["stage"]["index"] if "stage" in line else 0), 0, ""
+
+
+def shard_lines(shard: Shard) -> Iterator[Dict[str, Any]]:
+    """A surveyed shard's lines as the merged file holds them, without header and end; never more than were surveyed."""
+    lines = read_lines(os.path.join(shard.directory, RESULTS), lambda _: None)
+    for line in itertools.islice(lines, shard.lines):
+        if "audit" in line:
+            yield {"audit": {**line["audit"], "shard": shard.name}}
+        elif "run" not in line and "end" not in line:
+            yield line
+
+
+def merged_lines(shards: Sequence[Shard]) -> Iterator[Dict[str, Any]]:
+    """All shards' lines, one by one; a stage line once."""
+    import heapq
+
+    begun: Set[int] = set()
+    for line in heapq.merge(*map(shard_lines, shards), key=line_order):
+        if "stage" in line and "request_id" not in line:
+            if line["stage"]["index"] in begun:
+                continue
+            begun.add(line["stage"]["index"])
+        yield line
+
+
+def merge_shards(directories: Sequence[str], out: str, notice: Callable[[str], None]) -> None:
+    """Joins the shards of one run into a results.jsonl in a new directory; raises UserError, WriteError."""
+    check_directory(out)
+    places: Set[str] = set()
+    for directory in directories:
+        place = os.path.realpath(directory)
+        if place in places:
+            raise UserError("%s is given twice; name each shard's directory once" % directory)
+        places.add(place)
+    shards = sorted((survey_shard(directory, notice) for directory in directories), key=lambda shard: shard.number)
+    check_shards(shards)
+    run = merged_run(shards)
+    if run["merged"]["missing"]:
+        missing = few_of(run["merged"]["missing"])
+        notice("missing: shard %s; what was measured there is in no figure: merge again with it" % missing)
+    for shard in shards:
+        if shard.end is None:
+            notice("shard %s, %s, was cut off: it has no end line" % (shard.name, shard.directory))
+    if run["merged"].get("clock", {}).get("disagree_ms"):
+        told = run["merged"]["clock"]
+        notice("the clocks of %s and %s disagree by at least %.1f ms" % (*told["hosts"], told["disagree_ms"]))
+    make_directory(out)
+    with WholeFile(os.path.join(out, RESULTS)) as file:
+        file.buffer.write(encode_line({"llmbench": "1", "run": run}))
+        for line in merged_lines(shards):
+            file.buffer.write(encode_line(line))
+        file.buffer.write(encode_line({"end": merged_end(shards)}))
+
+
 def file_digest(path: str) -> str:
     """SHA-256 of a file in hex."""
     digest = hashlib.sha256()
@@ -7407,6 +7763,8 @@ def wrapped(text: str, width: int, indent: str) -> List[str]:
 def summary_lines(summary: Mapping[str, Any], texts: Mapping[str, str], paint: Callable[[str, str], str]) -> List[str]:
     """The summary as lines for a terminal."""
     lines = [paint("bold", printable("%s  %s" % (summary.get("model", ""), summary.get("url", ""))))]
+    if "merged" in summary:
+        lines += wrapped(printable(texts["from.merged"].format(**merged_values(summary["merged"]))), 98, "")
     lines += [""] + verdict_lines(summary["verdict"], texts, paint)
     for stage in summary["stages"]:
         streams = stage["load"].get("concurrency", 1)
@@ -9273,6 +9631,28 @@ def command_report(words: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def command_merge(words: Sequence[str]) -> int:
+    """`merge DIR… --out DIR`: joins the shards of one run exactly, from their records, into a new directory."""
+    parser = ArgumentParser(prog="llmbench merge", description=command_merge.__doc__)
+    parser.add_argument("directories", metavar="DIR", nargs="+", help="a directory that `run --shard` left")
+    parser.add_argument("--out", "-out", metavar="DIR", help="where the four files go; never overwrites results")
+    parser.add_argument(
+        "--lang", type=read_argument(FLAGS["lang"]), metavar="LANG", help="language of the terminal: en or zh"
+    )
+    given = parser.parse_all(words)
+    if not given.out:
+        raise UserError("--out is needed; name a new directory for the merged run")
+    assets = load_assets()
+    try:
+        merge_shards(given.directories, given.out, warn)
+        summary = build_outputs(given.out, assets, warn)
+    except WriteError as error:
+        sys.stderr.write("llmbench: error: %s\n" % error)
+        return EXIT_WRITE
+    print_summary(summary, load_texts(assets, given.lang or language_of_locale()), given.out)
+    return EXIT_OK
+
+
 def command_providers(words: Sequence[str]) -> int:
     """`providers`: the registered providers and what each expects."""
     ArgumentParser(prog="llmbench providers", description=command_providers.__doc__).parse_all(
@@ -9325,6 +9705,7 @@ def command_selftest(words: Sequence[str]) -> int:
 COMMANDS: Dict[str, Tuple[Callable[[Sequence[str]], int], str]] = {
     "run": (command_run, "the benchmark (the default)"),
     "report": (command_report, "build summary.json, results.csv and report.html again from results.jsonl alone"),
+    "merge": (command_merge, "join the shards of one run, from their records, into a new directory"),
     "selftest": (command_selftest, "what this host can measure: the tool's own error and capacity"),
     "mock": (command_mock, "the built-in mock LLM server"),
     "providers": (command_providers, "the registered providers and what each expects"),
