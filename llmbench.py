@@ -7172,9 +7172,9 @@ def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[
 
 
 # The shards of a run. Host k of n leaves a directory of its own. Its requests are those whose number i has i mod n = k:
-# a record's id says whether it belongs there, and one bit for each number whether it came before. `survey_shard` reads
-# a file once and finds out whether it can be merged; only when all of them can is anything written. Records are copied
-# as they are, in the order in which they ended; nothing is averaged and no time is shifted. Times count from the run's
+# a record's id says whether it belongs there, and one bit for each number whether it came before. All files are read
+# once to find out whether they can be merged; only then is anything written, in a second reading. Records are copied as
+# they are, in the order in which they ended; nothing is averaged and no time is shifted. Times count from the run's
 # zero, the --start-at that all hosts share, each on its own clock: how far these are apart is said, not corrected.
 
 SHARD = re.compile(r"^([0-9]{1,5})/([0-9]{1,5})$")
@@ -7288,9 +7288,12 @@ class Shard:
         return "" if self.seen.add(record["stage"], turn) else "is a request that was there before"
 
 
-def read_shard_header(directory: str, line: Mapping[str, Any]) -> Shard:
-    """The shard that the first line of a results.jsonl speaks of; raises UserError."""
-    run = line.get("run")
+def open_shard(directory: str) -> Shard:
+    """The shard that a directory's results.jsonl speaks of in its first line; raises UserError."""
+    path = os.path.join(directory, RESULTS)
+    if not os.path.isfile(path):
+        raise UserError("%s holds no %s; name a directory that `run --shard` left" % (directory, RESULTS))
+    run = next(read_lines(path, lambda _: None), {}).get("run")
     if not isinstance(run, dict) or not isinstance(run.get("config"), dict) or not run.get("run_id"):
         raise UserError("%s does not begin with a header; restore the file as the run left it" % directory)
     if "merged" in run:
@@ -7304,14 +7307,10 @@ def read_shard_header(directory: str, line: Mapping[str, Any]) -> Shard:
     return Shard(directory, int(match.group(1)), int(match.group(2)), run)
 
 
-def survey_shard(directory: str, notice: Callable[[str], None]) -> Shard:
+def survey_shard(shard: Shard, notice: Callable[[str], None]) -> None:
     """Reads a shard's results.jsonl to its end; raises UserError where it is not what one shard of one run leaves."""
-    path = os.path.join(directory, RESULTS)
-    if not os.path.isfile(path):
-        raise UserError("%s holds no %s; name a directory that `run --shard` left" % (directory, RESULTS))
-    lines = read_lines(path, notice)
-    shard = read_shard_header(directory, next(lines, {}))
-    for line in lines:
+    path = os.path.join(shard.directory, RESULTS)
+    for line in itertools.islice(read_lines(path, notice), 1, None):
         try:
             wrong = shard.take(line)
         except (LookupError, TypeError, ValueError, AttributeError):
@@ -7319,14 +7318,12 @@ def survey_shard(directory: str, notice: Callable[[str], None]) -> Shard:
         if wrong:
             raise UserError("%s line %d %s; restore the file as the run left it" % (path, shard.lines, wrong))
     shard.seen = Numbers()  # its work is done
-    return shard
 
 
 def check_shards(shards: Sequence[Shard]) -> None:
-    """Whether these are different shards of one run; raises UserError."""
+    """Whether these are different shards of one run, by their headers; raises UserError."""
     first = shards[0]
     known: Dict[int, Shard] = {}
-    loads: Dict[int, Tuple[str, Dict[str, Any]]] = {}
     for shard in shards:
         two = "%s and %s " % (first.directory, shard.directory)
         if shard.run["run_id"] != first.run["run_id"]:
@@ -7340,11 +7337,17 @@ def check_shards(shards: Sequence[Shard]) -> None:
         if twin is not shard:
             two = "%s and %s " % (twin.directory, shard.directory)
             raise UserError(two + "are both shard %s; leave one out" % shard.name)
+
+
+def check_loads(shards: Sequence[Shard]) -> None:
+    """Whether all shards ran the same loads in the same order, by their stage lines; raises UserError."""
+    known: Dict[int, Shard] = {}
+    for shard in shards:
         for index, stage in shard.stages.items():
-            other, load = loads.setdefault(index, (shard.directory, stage))
-            if load != stage:
-                two = "%s and %s " % (other, shard.directory)
-                raise UserError(two + "ran different loads as stage %d; compare them, they are no one run" % index)
+            other = known.setdefault(index, shard)
+            if other.stages[index] != stage:
+                two = "%s and %s" % (other.directory, shard.directory)
+                raise UserError("%s ran different loads as stage %d; they are no one run, compare them" % (two, index))
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> List[str]:
@@ -7432,6 +7435,19 @@ def merged_lines(shards: Sequence[Shard]) -> Iterator[Dict[str, Any]]:
         yield line
 
 
+def tell_shards(merged: Mapping[str, Any], notice: Callable[[str], None]) -> None:
+    """Says what is not whole: shards that are missing or were cut off, clocks that disagree."""
+    if merged["missing"]:
+        missing = few_of(merged["missing"])
+        notice("missing: shard %s; what was measured there is in no figure: merge again with it" % missing)
+    for shard in merged["shards"]:
+        if "end" not in shard:
+            notice("shard %s was cut off: its file has no end line" % shard["shard"])
+    told = merged.get("clock", {})
+    if told.get("hosts"):
+        notice("the clocks of %s and %s disagree by at least %.1f ms" % (*told["hosts"], told["disagree_ms"]))
+
+
 def merge_shards(directories: Sequence[str], out: str, notice: Callable[[str], None]) -> None:
     """Joins the shards of one run into a results.jsonl in a new directory; raises UserError, WriteError."""
     check_directory(out)
@@ -7441,18 +7457,13 @@ def merge_shards(directories: Sequence[str], out: str, notice: Callable[[str], N
         if place in places:
             raise UserError("%s is given twice; name each shard's directory once" % directory)
         places.add(place)
-    shards = sorted((survey_shard(directory, notice) for directory in directories), key=lambda shard: shard.number)
+    shards = sorted(map(open_shard, directories), key=lambda shard: shard.number)
     check_shards(shards)
-    run = merged_run(shards)
-    if run["merged"]["missing"]:
-        missing = few_of(run["merged"]["missing"])
-        notice("missing: shard %s; what was measured there is in no figure: merge again with it" % missing)
     for shard in shards:
-        if shard.end is None:
-            notice("shard %s, %s, was cut off: it has no end line" % (shard.name, shard.directory))
-    if run["merged"].get("clock", {}).get("disagree_ms"):
-        told = run["merged"]["clock"]
-        notice("the clocks of %s and %s disagree by at least %.1f ms" % (*told["hosts"], told["disagree_ms"]))
+        survey_shard(shard, notice)
+    check_loads(shards)
+    run = merged_run(shards)
+    tell_shards(run["merged"], notice)
     make_directory(out)
     with WholeFile(os.path.join(out, RESULTS)) as file:
         file.buffer.write(encode_line({"llmbench": "1", "run": run}))
