@@ -393,6 +393,7 @@ class Config:
     rps: List[float] = field(default_factory=list)  # an open loop's rates; empty: a closed loop
     arrival: str = "poisson"
     ramp: Optional[float] = None
+    slo: List[str] = field(default_factory=list)
     find_max: Optional[str] = None
     total_requests: Optional[int] = None
     duration: Optional[float] = None
@@ -2525,6 +2526,25 @@ def gates_of(config: Mapping[str, Any]) -> List[Gate]:
         raise UserError("the run's --slo %s; this version of llmbench can't judge it" % error) from None
 
 
+def judge_stage(lines: Iterable[Mapping[str, Any]], stage: int) -> Tuple[List[Dict[str, Any]], bool]:
+    """How one stage of results.jsonl did: its `slo` entries, and whether the client was its limit."""
+    collector = Collector()
+    for line in lines:
+        of = line["audit"]["stage"] if "audit" in line else line.get("stage", stage)
+        if stage == (of["index"] if isinstance(of, dict) else of):
+            collector.add(line)
+    config, rows = collector.header["config"], collector.rows()[-1]
+    block = summarize_stage(rows, config["token_mode"], collector.audits, gates_of(config))
+    return block["slo"], any(True for _ in client_reasons(rows, block))
+
+
+def all_passed(summary: Mapping[str, Any]) -> bool:
+    """Whether the run met its gates: each stage did, or --find-max found a load that does."""
+    if "find_max" in summary:
+        return summary["find_max"].get("load") is not None
+    return all(entry["passed"] for entry in summary["slo"])
+
+
 def noise_floor(selftest: Mapping[str, Any], streams: int) -> Dict[str, Any]:
     """What an earlier selftest of this host found at the level next to a run's: `{streams, first_p99_ms, at}`."""
     level = min(selftest["errors"], key=lambda error: abs(math.log(error["streams"] / streams)))
@@ -2682,32 +2702,43 @@ def begin_of(config: Config, stage: Stage) -> float:
 PROBE_SECONDS, PROBE_REQUESTS = 30.0, 100  # of a probe of --find-max: at most so long, and at least so many if it can
 MOST_PROBES = 24
 MOST_STREAMS, MOST_RATE = 4096, 10000.0  # where --find-max gives up if nothing else bounds it
-CONFIRMATIONS = 3  # answers that are tried again before the search gives up
 
 
 def search_maximum(first: float, most: float, step: float) -> Generator[float, bool, None]:
     """The loads to try in order to find the highest that passes; `send` tells whether the one before did.
 
     Doubles from `first` until a load fails or `most` is reached, then halves what lies between; two loads less than
-    `step` or 5 % apart are told apart no further. The answer is tried a second time; when it fails there, the next
-    lower one that passed is.
+    `step` or 5 % apart are told apart no further. The answer is tried a second time; when it fails there, the search
+    goes on below it.
     """
     passed: List[float] = []
-    low, high, load = 0.0, math.inf, first
+    high, load = math.inf, first
     for _ in range(MOST_PROBES):
-        if (yield load):
-            low = load
-            passed.append(load)
-        else:
+        again = load in passed
+        if not (yield load):
             high = load
-        if high <= low + max(step, 0.05 * low) * 1.001 or low >= most:
-            break
-        load = min(most, 2.0 * low) if high == math.inf else (low + high) / 2.0
-        if step >= 1.0:
-            load = float(math.ceil(load))
-    for answer in sorted(passed, reverse=True)[:CONFIRMATIONS]:
-        if (yield answer):
+            passed = [lower for lower in passed if lower < load]
+        elif again:
             return
+        else:
+            passed.append(load)
+        low = max(passed, default=0.0)
+        if low >= most or high <= low + max(step, 0.05 * low) * 1.001:
+            if not passed:
+                return
+            load = low
+        else:
+            load = min(most, 2.0 * low) if high == math.inf else (low + high) / 2.0
+            load = float(math.ceil(load)) if step >= 1.0 else load
+
+
+def search_bounds(config: Config) -> Tuple[float, float, float]:
+    """Where --find-max begins, where it ends at the latest, and the smallest step between two loads."""
+    if config.find_max == "rps":
+        bounds = config.rps
+        return bounds[0], bounds[1] if len(bounds) > 1 else MOST_RATE, bounds[0] / 64.0
+    counts = config.concurrency
+    return float(counts[0]), float(counts[1] if len(counts) > 1 else MOST_STREAMS), 1.0
 
 
 def probe_stage(config: Config, index: int, load: float) -> Stage:
@@ -4886,8 +4917,11 @@ def cpu_quota() -> Optional[float]:
 def choose_processes(wanted: Union[int, str], config: Config) -> int:
     """Worker processes for `--processes N|auto`: never more than streams; auto is 1 below 128 streams.
 
-    An open loop without a cap has no number of streams: auto takes the requests of a second for it.
+    An open loop without a cap has no number of streams: auto takes the requests of a second for it. A search for the
+    highest load ends nobody knows where: auto takes all CPUs, so that the client is not the first to be busy.
     """
+    if config.find_max is not None:
+        return usable_cpus() if wanted == "auto" else int(wanted)
     hosts = config.host[1]
     streams = max(config.concurrency, default=0) // hosts
     if wanted == "auto":
@@ -9089,6 +9123,12 @@ def read_arrival(text: str) -> str:
     return text
 
 
+def read_gate(text: str) -> str:
+    """A gate as it was written, if it can be read."""
+    parse_gate(text)
+    return text
+
+
 def read_error_limit(text: str) -> str:
     """A number of failed requests, or a percentage: `10`, `5%`."""
     match = re.match(r"^[0-9]{1,9}$|^([0-9]{1,2}(\.[0-9]*)?)%$", text)
@@ -9221,6 +9261,13 @@ RUN_FLAGS = (
     Flag("seed", read_count(0), "N", "0", "everything random, save the unique prefixes"),
     Flag("processes", read_processes, "N", "auto",
          "worker processes; auto: 1 below 128 streams, else min(usable CPUs, streams // 64)"),
+    Flag("slo", read_gate, "GATE", "",
+         "requirement on a figure, such as ttft.p95<=800ms, tpot.p99<50ms, success>=99% or throughput>=500 (output "
+         "tokens/s); exit status 1 when one fails; its limits also define goodput (repeat)", True),
+    Flag("find-max", read_choice("concurrency", "rps"), "LOAD", "",
+         "find the highest load that meets every --slo: doubles from the first --concurrency or --rps (default 1) "
+         "up to the second (default 4096 streams, 10,000 req/s), halves between, and tries the answer twice; each "
+         "probe is a stage, of at most 30 s unless --duration or --total-requests says else"),
     Flag("max-errors", read_error_limit, "N|N%", "off",
          "end the run early, with all its files, when more requests failed; a share counts from 20 requests on"),
     Flag("max-total-tokens", read_count(1), "N", "off",
@@ -9319,6 +9366,8 @@ def read_config(words: Sequence[str]) -> Config:
         given["unique"] = False
     check_load(given)
     config = Config(**given)
+    if config.find_max == "rps" and not config.rps:
+        config.rps = [1.0]
     if config.rps and "concurrency" not in given:
         config.concurrency = []  # no cap
     if "lang" not in given:
@@ -9332,13 +9381,38 @@ def read_config(words: Sequence[str]) -> Config:
 
 def check_load(given: Mapping[str, Any]) -> None:
     """Refuses flags of one kind of load beside those of the other; raises UserError."""
-    if given.get("rps"):
+    try:
+        parse_gates(given.get("slo", []))
+    except ValueError as error:
+        raise UserError("--slo %s" % error) from None
+    if "find_max" in given:
+        check_search(given)
+    elif given.get("rps"):
         if len(given.get("concurrency", [])) > 1:
             raise UserError("--concurrency takes one number with --rps: the most requests in flight")
         if "ramp" in given:
             raise UserError("--ramp starts streams evenly and needs --concurrency without --rps")
     elif "arrival" in given:
         raise UserError("--arrival says when requests of an open loop are due and needs --rps")
+
+
+def check_search(given: Mapping[str, Any]) -> None:
+    """Refuses flags that --find-max has no use for; raises UserError."""
+    kind = given["find_max"]
+    if not given.get("slo"):
+        raise UserError("--find-max needs at least one --slo, such as --slo 'ttft.p95<=800ms'")
+    bounds = given.get(kind, [])
+    if len(bounds) > 2 or (len(bounds) == 2 and bounds[0] >= bounds[1]):
+        raise UserError("--find-max takes --%s START or START,MOST with START below MOST" % kind)
+    if kind == "concurrency" and given.get("rps"):
+        raise UserError("--find-max concurrency is a closed loop; leave --rps out, or give --find-max rps")
+    if kind == "rps" and len(given.get("concurrency", [])) > 1:
+        raise UserError("--concurrency takes one number with --find-max rps: the most requests in flight")
+    for name in ("shard", "ramp"):
+        if name in given:
+            raise UserError("--%s and --find-max exclude each other" % name)
+    if kind == "concurrency" and "arrival" in given:
+        raise UserError("--arrival says when requests of an open loop are due and needs --find-max rps")
 
 
 def check_shard(config: Config) -> None:
@@ -9502,8 +9576,12 @@ class Session:
 
     def _drive(self, writer: ResultsWriter, directory: str) -> Dict[str, Any]:
         """The measurement itself, with signals and progress around it; what the end line says of it."""
-        stages = plan_stages(self.config)
-        progress = Progress(stages=len(stages))
+        progress = Progress()
+        stages: Iterable[Stage] = plan_stages(self.config)
+        if self.config.find_max is not None:
+            stages = self._probes(directory, progress)
+        else:
+            progress.stages = len(plan_stages(self.config))
         measuring: Union[Runner, Crew]
         if self.config.processes == 1:
             part = Part(*self.config.host)
@@ -9527,6 +9605,24 @@ class Session:
         if isinstance(measuring, Crew) and measuring.lost:
             end["lost_workers"] = measuring.lost
         return end
+
+    def _probes(self, directory: str, progress: Progress) -> Iterator[Stage]:
+        """The stages of --find-max: each follows from how those before it did, read back from their records."""
+        search = search_maximum(*search_bounds(self.config))
+        load, path = next(search), os.path.join(directory, RESULTS)
+        for index in itertools.count():
+            stage = probe_stage(self.config, index, load)
+            progress.stages = index + 2  # one more than there are so far: how many there will be nobody knows
+            yield stage
+            entries, limited = judge_stage(read_lines(path, warn), index)
+            failed = [entry["gate"] for entry in entries if not entry["passed"]]
+            failed += ["the client was the limit"] * limited
+            said = "%d streams" % stage.concurrency if stage.rps is None else "%g req/s" % stage.rps
+            progress.note = "probe %d, %s: %s" % (index + 1, said, ", ".join(failed) or "all gates passed")
+            try:
+                load = search.send(not failed)
+            except StopIteration:
+                return
 
     def _worker_plans(self, directory: str) -> List[WorkerPlan]:
         """One plan for each worker process."""
@@ -9578,7 +9674,9 @@ class Session:
             return 128 + self.signal
         if summary is None or not summary["requests"]["success"]:
             return EXIT_NO_SUCCESS
-        return EXIT_CLIENT if summary["verdict"]["state"] == "INVALID" else EXIT_OK
+        if summary["verdict"]["state"] == "INVALID":
+            return EXIT_CLIENT
+        return EXIT_OK if all_passed(summary) else EXIT_GATE
 
 
 def print_summary(summary: Mapping[str, Any], texts: Mapping[str, str], directory: str) -> None:

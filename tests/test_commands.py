@@ -107,6 +107,7 @@ def test_a_body_is_strict_json(text):
 SET_BY = {
     "url": ("http://h/v1", "http://h/v1"), "provider": ("openai2", "openai2"), "model": ("m", "m"),
     "token": ("t0k", "t0k"),
+    "slo": ("success>=99%", ["success>=99%"]), "find-max": ("concurrency", "concurrency"),
     "max-errors": ("5%", "5%"), "max-total-tokens": ("9000", 9000), "shard": ("1/4", "1/4"),
     "start-at": ("2999-01-02T03:04:05+08:00", "2999-01-01T19:04:05.000000Z"),
     "rps": ("0.5,2", [0.5, 2.0]), "arrival": ("gamma:2", "gamma:2"), "ramp": ("3s", 3.0),
@@ -123,7 +124,7 @@ SET_BY = {
 
 
 NEEDS = {  # flags that say nothing without another
-    "arrival": ["--rps", "1"], "shard": ["--start-at", "2999-01-01T00:00:00Z", "--concurrency", "4"],
+    "arrival": ["--rps", "1"], "find-max": ["--slo", "success>=99%"], "shard": ["--start-at", "2999-01-01T00:00:00Z", "--concurrency", "4"],
 }  # fmt: skip
 DRAGS = {"rps": {"concurrency"}}  # what a flag changes beside its own value
 
@@ -182,6 +183,30 @@ def test_unique_is_the_default_and_excludes_its_opposite():
 ])  # fmt: skip
 def test_flags_of_an_open_and_of_a_closed_loop_exclude_each_other(words, error):
     assert error in refusal("run", "--url", "mock:", *words)
+
+
+@pytest.mark.parametrize("words,error", [
+    (["--slo", "tfft.p95<=1s"], "--slo has an unknown metric, tfft (did you mean ttft?)"),
+    (["--slo", "ttft.p95<=800"], "--slo needs a limit of ttft in"),
+    (["--find-max", "concurrency"], "--find-max needs at least one --slo"),
+    (["--find-max", "streams", "--slo", "success>=99%"], "--find-max needs one of concurrency, rps"),
+    (["--find-max", "concurrency", "--slo", "success>=99%", "--rps", "2"], "leave --rps out"),
+    (["--find-max", "concurrency", "--slo", "success>=99%", "--concurrency", "8,8"], "START below MOST"),
+    (["--find-max", "rps", "--slo", "success>=99%", "--rps", "1,2,3"], "--rps START or START,MOST"),
+    (["--find-max", "rps", "--slo", "success>=99%", "--concurrency", "1,3"], "takes one number"),
+    (["--find-max", "concurrency", "--slo", "success>=99%", "--ramp", "3"], "--ramp and --find-max exclude each other"),
+])  # fmt: skip
+def test_gates_and_a_search_that_make_no_sense_are_refused(words, error):
+    assert error in refusal("run", "--url", "mock:", *words)
+
+
+def test_a_search_has_its_bounds_from_the_load():
+    common = ["--slo", "success>=99%", "--find-max"]
+    assert llmbench.search_bounds(config_of(*common, "concurrency")) == (1.0, 4096.0, 1.0)
+    assert llmbench.search_bounds(config_of(*common, "concurrency", "--concurrency", "8,100")) == (8.0, 100.0, 1.0)
+    assert llmbench.search_bounds(config_of(*common, "rps"))[:2] == (1.0, 10000.0)
+    assert config_of(*common, "rps").concurrency == []
+    assert llmbench.search_bounds(config_of(*common, "rps", "--rps", "2,5"))[:2] == (2.0, 5.0)
 
 
 @pytest.mark.parametrize("words,error", [

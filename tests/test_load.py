@@ -155,3 +155,65 @@ def test_a_stage_that_only_time_ends_has_no_total():
     assert llmbench.plan_stages(config) == [llmbench.Stage(0, 4, None, 30.0, 0)]
     config.total_requests = 9
     assert llmbench.plan_stages(config) == [llmbench.Stage(0, 4, 9, 30.0, 0)]
+
+
+def searched(first, most, step, passes):
+    """The loads that a search tries, and the highest that passed each time it was tried."""
+    search = llmbench.search_maximum(first, most, step)
+    tried, failed = [next(search)], set()
+    while True:
+        passed = passes(tried[-1])
+        if not passed:
+            failed.add(tried[-1])
+        try:
+            tried.append(search.send(passed))
+        except StopIteration:
+            return tried, max((load for load in tried if load not in failed), default=None)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 5, 7, 8, 9, 12, 31, 100, 777, 4095, 4096, 9999])
+@pytest.mark.parametrize("first", [1, 4, 100])
+def test_the_search_finds_the_highest_number_of_streams(capacity, first):
+    tried, found = searched(float(first), 4096.0, 1.0, lambda load: load <= capacity)
+    best = min(capacity, 4096)
+    assert found <= best
+    assert best - found <= max(1, 0.05 * found) and (best >= 40 or found == best)
+    assert tried.count(found) == 2 and tried[-1] == found, "the answer is tried a second time"
+    assert all(load == int(load) and 1 <= load <= 4096 for load in tried)
+    assert len(tried) <= 24
+
+
+@pytest.mark.parametrize("capacity", [0.02, 0.3, 1.0, 7.77, 130.0, 99999.0])
+def test_the_search_finds_the_highest_rate_within_five_percent(capacity):
+    tried, found = searched(1.0, 10000.0, 1 / 64, lambda load: load <= capacity)
+    best = min(capacity, 10000.0)
+    assert found <= best
+    assert best - found <= max(1 / 64, 0.05 * found) + 1e-9
+    assert tried[-1] == found
+
+
+def test_a_search_that_nothing_passes_ends_without_an_answer():
+    assert searched(8.0, 4096.0, 1.0, lambda _: False) == ([8.0, 4.0, 2.0, 1.0], None)
+    assert searched(1.0, 4096.0, 1.0, lambda _: False) == ([1.0], None)
+
+
+def test_an_answer_that_fails_when_it_is_tried_again_sends_the_search_below_it():
+    tries = {}
+
+    def passes(load):
+        tries[load] = tries.get(load, 0) + 1
+        return load <= 8 and (load < 7 or tries[load] == 1)
+
+    tried, found = searched(1.0, 4096.0, 1.0, passes)
+    assert found == 6 and tried[-1] == 6
+    assert tried[:9] == [1.0, 2.0, 4.0, 8.0, 16.0, 12.0, 10.0, 9.0, 8.0]
+
+
+def test_a_probe_is_bounded_in_time_and_requests_unless_the_user_says_how_long():
+    config = llmbench.Config(find_max="concurrency")
+    assert llmbench.probe_stage(config, 3, 40.0) == llmbench.Stage(3, 40, 200, 30.0, 0)
+    assert llmbench.probe_stage(config, 0, 1.0).total == 100
+    config.total_requests = 17
+    assert llmbench.probe_stage(config, 3, 40.0) == llmbench.Stage(3, 40, 17, None, 0)
+    config = llmbench.Config(find_max="rps", rps=[1.0], concurrency=[], duration=5.0, warmup=2)
+    assert llmbench.probe_stage(config, 1, 2.5) == llmbench.Stage(1, 0, None, 5.0, 2, 2.5)
