@@ -134,11 +134,15 @@ class RequestError(Exception):
 
 @dataclass
 class Prompt:
-    """One workload item: chat messages, and how long the answer to it may be."""
+    """One workload item: chat messages, and how long the answer to it may be.
+
+    turns: what is appended for the user's 2nd, 3rd, … turn of a conversation, each after the endpoint's own answer.
+    """
 
     id: str
     messages: List[Dict[str, Any]]
     max_tokens: Optional[int] = None
+    turns: List[List[Dict[str, Any]]] = field(default_factory=list)
 
 
 class Frame(NamedTuple):
@@ -1693,14 +1697,46 @@ class ThinkTags:
 # 5. Workload: files and built-ins to prompts
 # ==================================================================================================
 #
-# A workload is the built-in prompts, a text file (a prompt a line), or JSONL: `{"id", "prompt"}` or
-# `{"messages": […]}`, with `max_tokens` where wanted; `-` reads stdin. A file is JSONL when its name
-# ends in .jsonl, .ndjson or .json, or when its first line begins with `{`; from then on every line
-# must be such an object, and one that is not is named by its number. It is never sent as a prompt.
+# A workload is the built-in prompts, a text file (a prompt a line), JSON objects one a line (JSONL) or
+# in one array; `-` reads stdin. A file is JSONL when its name ends in .jsonl, .ndjson or .json, or when its
+# first line begins with `{`; it is an array when it begins with `[` and an object, or with `[` and its name
+# ends in .json. An object is one of
+#   {"prompt": text}               one user message
+#   {"messages": […]}              sent as it is, whatever roles and typed parts are in it
+#   {"conversations": […]}         ShareGPT: the user's turns are played, each answered by the endpoint itself
+# with `id` and `max_tokens` where wanted. What is broken is named by its line or item number: it is never
+# sent as a prompt, and never left out in silence.
 #
 # Prompts are taken in file order and start again at the end. Unless `--no-unique` is given, the first
-# user message of each request begins with a few characters that no earlier request had, so that no
+# user message of each conversation begins with a few characters that no earlier one had, so that no
 # prefix cache answers in the endpoint's stead.
+
+ARRAY_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[(\s*\{)?")
+BROKEN_SHOWN = 5  # how many broken lines or items one message names
+
+# Who speaks, as ShareGPT's dumps and their relatives write it.
+SHAREGPT_ROLES: Dict[str, str] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+}
+
+
+class Workload(NamedTuple):
+    """The prompts of a run in the order of their file, and what its reader should know about them."""
+
+    prompts: List[Prompt]
+    notes: Tuple[str, ...] = ()
+
+
+def not_utf8(name: str, number: int) -> UserError:
+    """What is said of a line that is not UTF-8."""
+    return UserError("%s line %d is not UTF-8; convert the file" % (name, number))
 
 
 def decode_workload(data: bytes, name: str) -> List[str]:
@@ -1710,51 +1746,92 @@ def decode_workload(data: bytes, name: str) -> List[str]:
         try:
             lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError:
-            raise UserError("%s line %d is not UTF-8; convert the file" % (name, number)) from None
+            raise not_utf8(name, number) from None
     return lines
 
 
-def parse_workload(data: bytes, name: str) -> List[Prompt]:
-    """Prompts of a text or JSONL file; raises UserError with the number of a bad line."""
-    lines = decode_workload(data, name)
-    first = next((line for line in lines if line.strip()), "")
-    if name.lower().endswith((".jsonl", ".ndjson", ".json")) or first.lstrip().startswith("{"):
-        prompts = [parse_prompt(line, name, number) for number, line in enumerate(lines, 1) if line.strip()]
+def parse_workload(data: bytes, name: str) -> Workload:
+    """The workload in a file's bytes; raises UserError with the number of a bad line or item."""
+    start = ARRAY_START.match(data)
+    if start and (start.group(1) or name.lower().endswith(".json")):
+        prompts = parse_array(data, name)
     else:
-        prompts = [
-            Prompt("line-%d" % number, [{"role": "user", "content": line}])
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
+        numbered = enumerate(decode_workload(data, name), 1)
+        lines = [("line %d" % number, line) for number, line in numbered if line.strip()]
+        if name.lower().endswith((".jsonl", ".ndjson", ".json")) or (lines and lines[0][1].lstrip().startswith("{")):
+            prompts = parse_each(parse_line, lines, name)
+        else:
+            prompts = [Prompt(label.replace(" ", "-"), [user_message(line)]) for label, line in lines]
     if not prompts:
         raise UserError("%s holds no prompt; write one a line" % name)
+    return Workload(prompts)
+
+
+def user_message(text: str) -> Dict[str, Any]:
+    """What a user says, as a chat message."""
+    return {"role": "user", "content": text}
+
+
+def parse_each(parse: Callable[[Any, str, str], Prompt], items: Iterable[Tuple[str, Any]], name: str) -> List[Prompt]:
+    """Every item as a prompt; raises UserError with what is wrong with the first broken one and which others are."""
+    prompts: List[Prompt] = []
+    errors: List[str] = []
+    broken: List[str] = []
+    for label, item in items:
+        try:
+            prompts.append(parse(item, name, label))
+        except UserError as error:
+            errors.append(str(error))
+            broken.append(label)
+    if len(broken) > 1:
+        others = ", ".join(broken[1:BROKEN_SHOWN]) + (", …" if len(broken) > BROKEN_SHOWN else "")
+        raise UserError("%s (%d are broken: also %s)" % (errors[0], len(broken), others))
+    if broken:
+        raise UserError(errors[0])
     return prompts
 
 
-def parse_prompt(line: str, name: str, number: int) -> Prompt:
+def parse_array(data: bytes, name: str) -> List[Prompt]:
+    """The prompts of a JSON array of objects, each named by its place from 1."""
+    try:
+        items = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(name, data.count(b"\n", 0, error.start) + 1) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError("%s is not JSON (%s); mend it" % (name, error)) from None
+    return parse_each(parse_item, (("item %d" % number, item) for number, item in enumerate(items, 1)), name)
+
+
+def parse_line(line: str, name: str, label: str) -> Prompt:
     """One JSONL line as a prompt; raises UserError that says what is wrong with it."""
-    where = "%s line %d" % (name, number)
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError("%s is not JSON (%s); mend or remove it" % (where, error)) from None
+        raise UserError("%s %s is not JSON (%s); mend or remove it" % (name, label, error)) from None
+    return parse_item(item, name, label)
+
+
+def parse_item(item: Any, name: str, label: str) -> Prompt:
+    """One JSON object as a prompt; raises UserError that says what is wrong with it."""
+    where = "%s %s" % (name, label)
     if not isinstance(item, dict):
         raise UserError('%s is not a JSON object; write {"prompt": …} or {"messages": […]}' % where)
-    if ("prompt" in item) == ("messages" in item):
-        raise UserError('%s needs either "prompt" or "messages"' % where)
+    if sum(key in item for key in ("prompt", "messages", "conversations")) != 1:
+        raise UserError('%s needs either "prompt", "messages" or "conversations"' % where)
     limit = item.get("max_tokens")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise UserError("%s: max_tokens must be a whole number above 0" % where)
-    name = item.get("id")
-    return Prompt("line-%d" % number if name is None else str(name), prompt_messages(item, where), limit)
+    turns = conversation_turns(item, where) if "conversations" in item else [prompt_messages(item, where)]
+    own = item.get("id")
+    return Prompt(label.replace(" ", "-") if own is None else str(own), turns[0], limit, turns[1:])
 
 
 def prompt_messages(item: Dict[str, Any], where: str) -> List[Dict[str, Any]]:
-    """The chat messages of a JSONL item, checked."""
+    """The chat messages of a JSON object with a prompt or messages, checked."""
     if "prompt" in item:
         if not isinstance(item["prompt"], str) or not item["prompt"].strip():
             raise UserError('%s: "prompt" must be a text that is not empty' % where)
-        return [{"role": "user", "content": item["prompt"]}]
+        return [user_message(item["prompt"])]
     messages = item["messages"]
     if not isinstance(messages, list) or not messages:
         raise UserError('%s: "messages" must be a list that is not empty' % where)
@@ -1766,14 +1843,54 @@ def prompt_messages(item: Dict[str, Any], where: str) -> List[Dict[str, Any]]:
     return messages
 
 
-def read_workload(path: Optional[str], builtin: Sequence[Tuple[str, bytes]]) -> List[Prompt]:
-    """The prompts of `--workload-file`, or the built-in ones in all languages; raises UserError."""
+def conversation_turns(item: Dict[str, Any], where: str) -> List[List[Dict[str, Any]]]:
+    """The user's turns of a ShareGPT conversation, each the messages to send for it: at least one.
+
+    The recorded answers are left out, those before the first question too (dumps are cut into pieces). A system
+    message goes out with the user's turn that follows it.
+    """
+    if not isinstance(item["conversations"], list):
+        raise UserError('%s: "conversations" must be a list' % where)
+    for key in ("image", "images", "video", "videos"):
+        if item.get(key):
+            raise UserError('%s: its "%s" would not be sent; write it as {"messages": […]} with parts' % (where, key))
+    turns: List[List[Dict[str, Any]]] = []
+    waiting: List[Dict[str, Any]] = []
+    for number, entry in enumerate(item["conversations"], 1):
+        role, text = conversation_entry(entry, "%s, entry %d" % (where, number))
+        if role == "user":
+            turns.append(waiting + [user_message(text)])
+            waiting = []
+        elif role == "system" and text.strip():
+            waiting.append({"role": "system", "content": text})
+    if not turns:
+        raise UserError('%s: no entry of its conversation is a user\'s ("from": "human"); remove it' % where)
+    return turns
+
+
+def conversation_entry(entry: Any, where: str) -> Tuple[str, str]:
+    """Who speaks in a ShareGPT entry (user, assistant or system), and what; a user says something."""
+    if not isinstance(entry, dict):
+        raise UserError('%s must be an object with "from" and "value"' % where)
+    speaker, text = entry.get("from"), entry.get("value")
+    role = SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise UserError('%s: "from" must be one of %s' % (where, ", ".join(SHAREGPT_ROLES)))
+    if role == "assistant":
+        return role, ""
+    if not isinstance(text, str) or (role == "user" and not text.strip()):
+        raise UserError('%s: "value" must be a text that is not empty' % where)
+    return role, text
+
+
+def read_workload(path: Optional[str], builtin: Sequence[Tuple[str, bytes]]) -> Workload:
+    """The workload of `--workload-file`, or the built-in prompts in all languages; raises UserError."""
     if path is None:
         prompts = []
         for language, data in builtin:
-            for number, prompt in enumerate(parse_workload(data, "built-in prompts"), 1):
+            for number, prompt in enumerate(parse_workload(data, "built-in prompts").prompts, 1):
                 prompts.append(Prompt("%s-%d" % (language, number), prompt.messages))
-        return prompts
+        return Workload(prompts)
     if path == "-":
         return parse_workload(sys.stdin.buffer.read(), "stdin")
     try:
@@ -1781,6 +1898,17 @@ def read_workload(path: Optional[str], builtin: Sequence[Tuple[str, bytes]]) -> 
             return parse_workload(file.read(), os.path.basename(path))
     except OSError as error:
         raise UserError("--workload-file %s cannot be read: %s" % (path, error.strerror or error)) from None
+
+
+def next_turn(prompt: Prompt, answer: str) -> Optional[Prompt]:
+    """The prompt of a conversation's next turn, given what the endpoint answered to this one; None after the last.
+
+    Made of the prompt as it was sent: a unique prefix stays where it is, and no turn gets another.
+    """
+    if not prompt.turns:
+        return None
+    said = {"role": "assistant", "content": answer}
+    return dataclasses.replace(prompt, messages=prompt.messages + [said] + prompt.turns[0], turns=prompt.turns[1:])
 
 
 def make_unique(prompt: Prompt, request_id: str) -> Prompt:
@@ -1795,7 +1923,7 @@ def make_unique(prompt: Prompt, request_id: str) -> Prompt:
             )
             messages[position] = {**message, "content": headed}
             break
-    return Prompt(prompt.id, messages, prompt.max_tokens)
+    return dataclasses.replace(prompt, messages=messages)
 # ==================================================================================================
 # 6. Statistics: records to a summary, pure
 # ==================================================================================================
@@ -9699,7 +9827,8 @@ def command_run(words: Sequence[str]) -> int:
         check_directory(config.out)
     make_provider(config)
     assets = load_assets()
-    prompts = read_workload(config.workload_file, [("en", assets["prompts/en.txt"]), ("zh", assets["prompts/zh.txt"])])
+    builtin = [(language, assets["prompts/%s.txt" % language]) for language in ("en", "zh")]
+    prompts = read_workload(config.workload_file, builtin).prompts
     replace_headers([], config.header)
     trouble = raise_file_limit(max(config.concurrency, default=UNCAPPED_STREAMS) + 64)
     if trouble and config.concurrency:  # without a cap nobody knows how many are needed
@@ -9796,7 +9925,7 @@ def command_selftest(words: Sequence[str]) -> int:
         raise UserError("--out %s cannot be written to; name another file" % given.out)
     keeper = wake_kernel_stamps()
     try:
-        result = selftest(parse_workload(assets["prompts/en.txt"], "built-in prompts"), warn)
+        result = selftest(parse_workload(assets["prompts/en.txt"], "built-in prompts").prompts, warn)
         for line in selftest_lines(result, texts):
             print(line)
         with WholeFile(given.out) as file:

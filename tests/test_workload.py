@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,12 @@ from conftest import ROOT
 BOM = b"\xef\xbb\xbf"
 
 
-def parse(data, name="prompts.txt"):
+def load(data, name="prompts.txt"):
     return llmbench.parse_workload(data if isinstance(data, bytes) else data.encode("utf-8"), name)
+
+
+def parse(data, name="prompts.txt"):
+    return load(data, name).prompts
 
 
 def contents(prompts):
@@ -161,13 +166,135 @@ def test_a_workload_without_prompts_is_refused(data, name):
     assert "no prompt" in refusal(data, name)
 
 
+# --- ShareGPT and arrays ----------------------------------------------------------------------------------------------
+
+
+def said(*entries):
+    """A conversation of entries such as "human: hi"."""
+    return [dict(zip(("from", "value"), entry.split(": ", 1))) for entry in entries]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+DUMP = [
+    {"id": "QWJhYvA_0", "conversations": said("human: one", "gpt: 1", "human: two", "gpt: 2", "user: three")},
+    {"id": "i6IyJda_1", "conversations": said("gpt: left over", "human: four", "bing: 4")},
+    {"conversations": said("system: be brief", "Human: five", "assistant: 5", "system: shout", "human: six")},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["dump.json", "dump.jsonl", "dump", "stdin"])
+@pytest.mark.parametrize("mark", [b"", BOM, b"\r\n \t"])
+def test_of_sharegpt_the_users_turns_are_played(indent, name, mark):
+    first, second, third = parse(mark + json.dumps(DUMP, indent=indent).encode(), name)
+    assert [prompt.id for prompt in (first, second, third)] == ["QWJhYvA_0", "i6IyJda_1", "item-3"]
+    assert (first.messages, first.turns) == ([user("one")], [[user("two")], [user("three")]])
+    assert (second.messages, second.turns) == ([user("four")], [])  # the answer that a cut left at the head is no turn
+    assert third.messages == [{"role": "system", "content": "be brief"}, user("five")]
+    assert third.turns == [[{"role": "system", "content": "shout"}, user("six")]]
+
+
+def test_sharegpt_may_come_a_line_each():
+    lines = "".join(json.dumps(item) + "\n" for item in DUMP)
+    prompts = parse(lines, "dump.jsonl")
+    assert [prompt.id for prompt in prompts] == ["QWJhYvA_0", "i6IyJda_1", "line-3"]
+    assert [prompt.turns for prompt in prompts] == [prompt.turns for prompt in parse(json.dumps(DUMP))]
+
+
+def test_a_blank_system_entry_says_nothing_and_recorded_answers_may_be_of_any_form():
+    entries = said("system: ", "human: hi") + [{"from": "gpt", "value": None}, {"from": "chatgpt"}]
+    assert parse(json.dumps([{"conversations": entries}]))[0].messages == [user("hi")]
+
+
+def test_an_array_may_hold_prompts_and_messages_too():
+    parts = [{"type": "image_url", "image_url": {"url": "u"}}]
+    items = [{"prompt": "a", "max_tokens": 5}, {"id": 7, "messages": [{"role": "user", "content": parts}]}, DUMP[0]]
+    a, b, c = parse(json.dumps(items), "p.json")
+    assert (a.id, a.max_tokens, a.messages, a.turns) == ("item-1", 5, [user("a")], [])
+    assert (b.id, b.messages) == ("7", [{"role": "user", "content": parts}])
+    assert len(c.turns) == 2
+
+
+def test_messages_are_sent_as_they_are_and_are_no_turns():
+    messages = [user("a"), {"role": "assistant", "content": "b"}, user("c")]
+    prompt = parse(json.dumps({"messages": messages}), "p.jsonl")[0]
+    assert (prompt.messages, prompt.turns) == (messages, [])
+
+
+BAD_ITEMS = {
+    "empty": ({"conversations": []}, "user"),
+    "answers only": ({"conversations": said("gpt: a", "gpt: b")}, "user"),
+    "system only": ({"conversations": said("system: a")}, "user"),
+    "no list": ({"conversations": {"from": "human"}}, "list"),
+    "null": ({"conversations": None}, "list"),
+    "an odd role": ({"conversations": said("human: a", "tool: b")}, "entry 2"),
+    "no role": ({"conversations": [{"value": "a"}]}, "entry 1"),
+    "a role that is no text": ({"conversations": [{"from": ["human"], "value": "a"}]}, "entry 1"),
+    "an entry that is no object": ({"conversations": ["hi"]}, "entry 1"),
+    "a blank question": ({"conversations": said("human: a", "gpt: b", "human:  ")}, "entry 3"),
+    "a question that is no text": ({"conversations": [{"from": "human", "value": 7}]}, "entry 1"),
+    "no value": ({"conversations": [{"from": "human"}]}, "entry 1"),
+    "an image that would not be sent": ({"image": "a.jpg", "conversations": said("human: <image> a")}, "image"),
+    "both": ({"prompt": "a", "conversations": said("human: a")}, "either"),
+    "a text": ("hi", "object"),
+    "max_tokens": ({"max_tokens": 0, "conversations": said("human: a")}, "max_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ITEMS)
+def test_a_bad_item_is_named_by_its_number(name):
+    item, reason = BAD_ITEMS[name]
+    message = refusal(json.dumps([DUMP[0], item, DUMP[1]]), "dump.json")
+    assert "item 2" in message and reason in message and len(message) < 250
+    if isinstance(item, dict):
+        message = refusal(json.dumps(DUMP[0]) + "\n\n" + json.dumps(item), "dump.jsonl")
+        assert "line 3" in message and reason in message
+
+
+def test_all_broken_items_are_counted_and_some_named_so_that_they_can_be_mended_at_once():
+    items = [DUMP[0]] + [{"conversations": []}] * 2
+    assert refusal(json.dumps(items), "d.json").endswith("(2 are broken: also item 3)")
+    message = refusal(json.dumps(items * 20), "d.json")
+    assert "item 2" in message and message.endswith("(40 are broken: also item 3, item 5, item 6, item 8, …)")
+    assert refusal(GOOD + "{\n[\n", "p.jsonl").endswith("(2 are broken: also line 3)")
+
+
+@pytest.mark.parametrize("data", ["[", '[{"prompt": "a"},]', '[{"prompt": "a"}] [1]', "[" * 100000, '[{"prompt": "a"'])
+def test_an_array_that_is_not_json_is_one_line(data):
+    assert "not JSON" in refusal(data, "p.json")
+
+
+def test_an_array_that_is_not_utf8_is_named_by_its_line():
+    assert "line 3 is not UTF-8" in refusal(b'[\n{"prompt": "a"},\n{"prompt": "\xb5"}\n]', "p.json")
+
+
+@pytest.mark.parametrize("data", [b"[]", BOM + b" [ ]\n"])
+def test_an_empty_array_is_refused(data):
+    assert "no prompt" in refusal(data, "p.json")
+
+
+def test_brackets_that_open_a_text_are_text():
+    assert contents(parse("[] an empty box\n[x] a full one\n")) == ["[] an empty box", "[x] a full one"]
+
+
+def test_a_hundred_thousand_conversations_load_in_seconds():
+    entries = said("human: " + "ask " * 60, "gpt: " + "answer " * 60, "human: " + "again " * 40)
+    data = json.dumps([{"id": "c", "conversations": entries}] * 100000).encode()
+    started = time.perf_counter()
+    prompts = parse(data, "dump.json")
+    assert len(data) > 80e6 and len(prompts) == 100000 and time.perf_counter() - started < 20  # 2 s on a slow core
+
+
 # --- where it is read from --------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_read_and_named(tmp_path):
     path = tmp_path / "中文 prompts.txt"
     path.write_bytes("你好\n".encode())
-    assert contents(llmbench.read_workload(str(path), [])) == ["你好"]
+    assert contents(llmbench.read_workload(str(path), []).prompts) == ["你好"]
     path.write_bytes(b"")
     with pytest.raises(llmbench.UserError, match=r"中文 prompts\.txt holds no prompt"):
         llmbench.read_workload(str(path), [])
@@ -182,7 +309,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, path):
 
 def test_a_dash_reads_stdin(monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(BOM + JSONL.encode())))
-    assert [prompt.id for prompt in llmbench.read_workload("-", [])] == ["a", "line-2"]
+    assert [prompt.id for prompt in llmbench.read_workload("-", []).prompts] == ["a", "line-2"]
 
 
 def test_stdin_that_is_empty_is_one_line(monkeypatch):
@@ -193,7 +320,7 @@ def test_stdin_that_is_empty_is_one_line(monkeypatch):
 
 def test_the_built_in_prompts_are_sound_and_told_apart():
     builtin = [(language, llmbench.read_asset(f"prompts/{language}.txt")) for language in ("en", "zh")]
-    prompts = llmbench.read_workload(None, builtin)
+    prompts = llmbench.read_workload(None, builtin).prompts
     assert len({prompt.id for prompt in prompts}) == len(prompts) >= 10
     assert len({prompt.messages[0]["content"] for prompt in prompts}) == len(prompts)
     assert {prompt.id.split("-")[0] for prompt in prompts} == {"en", "zh"}
@@ -268,3 +395,20 @@ def test_prefixes_differ_between_requests_runs_and_stages_and_repeat_for_the_sam
 ])  # fmt: skip
 def test_conversations_without_a_user_text_do_not_break(messages):
     assert len(unique(messages).messages) == 1
+
+
+def test_the_unique_prefix_leaves_the_later_turns_as_they_are():
+    prompt = parse(json.dumps(DUMP))[0]
+    made = llmbench.make_unique(prompt, "run-0-1")
+    assert made.turns == prompt.turns and PREFIX.match(made.messages[0]["content"])
+
+
+def test_each_later_turn_carries_the_endpoints_own_answers_and_no_new_prefix():
+    first = llmbench.make_unique(parse(json.dumps(DUMP))[0], "run-0-1")
+    second = llmbench.next_turn(first, "uno")
+    third = llmbench.next_turn(second, "due")
+    answers = [{"role": "assistant", "content": text} for text in ("uno", "due")]
+    assert second.messages == [*first.messages, answers[0], user("two")]
+    assert third.messages == [*first.messages, answers[0], user("two"), answers[1], user("three")]
+    assert (first.id, len(first.turns)) == (third.id, 2)
+    assert llmbench.next_turn(third, "tre") is None
