@@ -137,12 +137,18 @@ class Prompt:
     """One workload item: chat messages, and how long the answer to it may be.
 
     turns: what is appended for the user's 2nd, 3rd, … turn of a conversation, each after the endpoint's own answer.
+    Of a trace: at, seconds from its first request; the lengths that the request and its answer are to have; and
+    blocks, the names of the blocks of its text in order, of which the same name stands for the same text.
     """
 
     id: str
     messages: List[Dict[str, Any]]
     max_tokens: Optional[int] = None
     turns: List[List[Dict[str, Any]]] = field(default_factory=list)
+    at: Optional[float] = None
+    input_tokens: Optional[int] = None
+    output_tokens: Optional[int] = None
+    blocks: Sequence[Union[int, str]] = ()
 
 
 class Frame(NamedTuple):
@@ -1707,6 +1713,11 @@ class ThinkTags:
 # with `id` and `max_tokens` where wanted. What is broken is named by its line or item number: it is never
 # sent as a prompt, and never left out in silence.
 #
+# A trace holds no text, but when each request came and how long it and its answer were: JSONL of
+# `timestamp`, `input_length`, `output_length` (Mooncake's, in ms, with `hash_ids`: a name for each block of
+# the text, by which prefixes are shared), or CSV with the columns of BurstGPT (in seconds). Rows of length 0
+# are failed requests: they are left out, and counted in a note.
+#
 # Prompts are taken in file order and start again at the end. Unless `--no-unique` is given, the first
 # user message of each conversation begins with a few characters that no earlier one had, so that no
 # prefix cache answers in the endpoint's stead.
@@ -1732,6 +1743,8 @@ class Workload(NamedTuple):
 
     prompts: List[Prompt]
     notes: Tuple[str, ...] = ()
+    trace: bool = False  # each prompt has `at`, `input_tokens` and `output_tokens`, and no messages yet
+    block_tokens: int = 0  # how many tokens each of a trace's blocks stands for
 
 
 def not_utf8(name: str, number: int) -> UserError:
@@ -1750,26 +1763,49 @@ def decode_workload(data: bytes, name: str) -> List[str]:
     return lines
 
 
-def parse_workload(data: bytes, name: str) -> Workload:
-    """The workload in a file's bytes; raises UserError with the number of a bad line or item."""
+def parse_workload(data: bytes, name: str, timestamp_unit: str = "auto") -> Workload:
+    """The workload in a file's bytes; raises UserError with the number of a bad line or item.
+
+    timestamp_unit: ms, s, or auto: ms in a JSONL trace and s in a CSV one.
+    """
     start = ARRAY_START.match(data)
     if start and (start.group(1) or name.lower().endswith(".json")):
-        prompts = parse_array(data, name)
+        workload = Workload(parse_array(data, name))
     else:
         numbered = enumerate(decode_workload(data, name), 1)
         lines = [("line %d" % number, line) for number, line in numbered if line.strip()]
-        if name.lower().endswith((".jsonl", ".ndjson", ".json")) or (lines and lines[0][1].lstrip().startswith("{")):
-            prompts = parse_each(parse_line, lines, name)
-        else:
-            prompts = [Prompt(label.replace(" ", "-"), [user_message(line)]) for label, line in lines]
-    if not prompts:
+        workload = parse_lines(lines, name, timestamp_unit)
+    if not workload.prompts:
         raise UserError("%s holds no prompt; write one a line" % name)
-    return Workload(prompts)
+    return workload
+
+
+def parse_lines(lines: List[Tuple[str, str]], name: str, timestamp_unit: str) -> Workload:
+    """The workload in labelled lines, none blank: a trace, JSONL or text, told by the name and the first line."""
+    first = lines[0][1] if lines else ""
+    columns = trace_columns(first)
+    if columns or name.lower().endswith(".csv"):
+        return parse_csv_trace(lines, name, columns, timestamp_unit)
+    if not (name.lower().endswith((".jsonl", ".ndjson", ".json")) or first.lstrip().startswith("{")):
+        return Workload([Prompt(label.replace(" ", "-"), [user_message(line)]) for label, line in lines])
+    if is_trace_line(first):
+        unit = "ms" if timestamp_unit == "auto" else timestamp_unit
+        rows = parse_each(functools.partial(parse_trace_line, TRACE_UNITS[unit]), lines, name)
+        return make_trace(rows, name, unit)
+    return Workload(parse_each(parse_line, lines, name))
 
 
 def user_message(text: str) -> Dict[str, Any]:
     """What a user says, as a chat message."""
     return {"role": "user", "content": text}
+
+
+def read_json(line: str, name: str, label: str) -> Any:
+    """One line of JSONL; raises UserError when it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError("%s %s is not JSON (%s); mend or remove it" % (name, label, error)) from None
 
 
 def parse_each(parse: Callable[[Any, str, str], Prompt], items: Iterable[Tuple[str, Any]], name: str) -> List[Prompt]:
@@ -1804,11 +1840,7 @@ def parse_array(data: bytes, name: str) -> List[Prompt]:
 
 def parse_line(line: str, name: str, label: str) -> Prompt:
     """One JSONL line as a prompt; raises UserError that says what is wrong with it."""
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError("%s %s is not JSON (%s); mend or remove it" % (name, label, error)) from None
-    return parse_item(item, name, label)
+    return parse_item(read_json(line, name, label), name, label)
 
 
 def parse_item(item: Any, name: str, label: str) -> Prompt:
@@ -1817,7 +1849,8 @@ def parse_item(item: Any, name: str, label: str) -> Prompt:
     if not isinstance(item, dict):
         raise UserError('%s is not a JSON object; write {"prompt": …} or {"messages": […]}' % where)
     if sum(key in item for key in ("prompt", "messages", "conversations")) != 1:
-        raise UserError('%s needs either "prompt", "messages" or "conversations"' % where)
+        hint = " (a trace begins with its first request)" if "input_length" in item else ""
+        raise UserError('%s needs either "prompt", "messages" or "conversations"%s' % (where, hint))
     limit = item.get("max_tokens")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise UserError("%s: max_tokens must be a whole number above 0" % where)
@@ -1883,7 +1916,129 @@ def conversation_entry(entry: Any, where: str) -> Tuple[str, str]:
     return role, text
 
 
-def read_workload(path: Optional[str], builtin: Sequence[Tuple[str, bytes]]) -> Workload:
+# How a trace's column or key may be called, in lower case.
+TRACE_TIME = ("timestamp",)
+TRACE_INPUT = ("input_length", "request tokens")
+TRACE_OUTPUT = ("output_length", "response tokens")
+TRACE_UNITS = {"ms": 0.001, "s": 1.0}
+TRACE_LIMIT = 1e15  # a time in ms or a length above it is a mistake
+# What a block of a trace may stand for. Mooncake's have 512 tokens; serving engines' own blocks are smaller.
+BLOCK_TOKENS = (512, 16, 32, 64, 128, 256, 1024, 2048)
+
+
+def trace_columns(line: str) -> Optional[Tuple[int, int, int]]:
+    """Where a CSV trace's time, input length and output length stand, by its head line; None: it is not such a line."""
+    cells = [cell.strip().strip('"').lower() for cell in line.split(",")]
+    found = [
+        next((place for place, cell in enumerate(cells) if cell in names), None)
+        for names in (TRACE_TIME, TRACE_INPUT, TRACE_OUTPUT)
+    ]
+    return None if None in found else (found[0], found[1], found[2])
+
+
+def is_trace_line(line: str) -> bool:
+    """Whether a JSONL line is one of a trace: a time and lengths, and no text."""
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    texts = ("prompt", "messages", "conversations")
+    return isinstance(item, dict) and "input_length" in item and not any(key in item for key in texts)
+
+
+def parse_trace_line(scale: float, line: str, name: str, label: str) -> Prompt:
+    """One line of a JSONL trace; raises UserError that says what is wrong with it."""
+    item = read_json(line, name, label)
+    where = "%s %s" % (name, label)
+    if not isinstance(item, dict):
+        raise UserError("%s is not a JSON object" % where)
+    blocks = item.get("hash_ids") or ()
+    if not isinstance(blocks, (list, tuple)) or not all(isinstance(block, (int, str)) for block in blocks):
+        raise UserError('%s: "hash_ids" must be a list of numbers or texts' % where)
+    values = [item.get(key) for key in ("timestamp", "input_length", "output_length")]
+    return trace_prompt(values, scale, where, label, blocks)
+
+
+def parse_csv_trace(
+    lines: List[Tuple[str, str]], name: str, columns: Optional[Tuple[int, int, int]], timestamp_unit: str
+) -> Workload:
+    """A CSV trace with its head line; raises UserError with the number of a bad row."""
+    if columns is None:
+        needed = "Timestamp, Request tokens and Response tokens"
+        raise UserError("%s: the first line of a CSV trace must name the columns %s" % (name, needed))
+    import csv
+
+    unit = "s" if timestamp_unit == "auto" else timestamp_unit
+
+    def parse(line: str, name: str, label: str) -> Prompt:
+        where = "%s %s" % (name, label)
+        try:
+            cells = next(csv.reader([line]))
+            values = [float(cells[column]) for column in columns]
+        except (ValueError, IndexError, csv.Error):
+            raise UserError("%s: its time and lengths must be numbers" % where) from None
+        return trace_prompt(values, TRACE_UNITS[unit], where, label, ())
+
+    return make_trace(parse_each(parse, lines[1:], name), name, unit)
+
+
+def trace_prompt(values: Sequence[Any], scale: float, where: str, label: str, blocks: Sequence[Any]) -> Prompt:
+    """A request of a trace from its time, input length and output length; a length may be 0 here."""
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
+        raise UserError("%s: its timestamp, input_length and output_length must be numbers" % where)
+    if not all(abs(value) < TRACE_LIMIT for value in values):  # NaN is below nothing
+        raise UserError("%s: its timestamp or one of its lengths is out of range" % where)
+    moment, source, target = values
+    if source < 0 or target < 0 or source != int(source) or target != int(target):
+        raise UserError("%s: its lengths must be whole numbers, 0 or above" % where)
+    return Prompt(label.replace(" ", "-"), [], int(target), [], moment * scale, int(source), int(target), blocks)
+
+
+def make_trace(rows: List[Prompt], name: str, unit: str) -> Workload:
+    """The workload of a trace's rows: those of some length, in the order of their times, counted from the first's."""
+    prompts = [row for row in rows if row.input_tokens and row.output_tokens]
+    late = lateness([prompt.at for prompt in prompts])
+    prompts.sort(key=lambda prompt: prompt.at)  # a stable sort: what came at one time stays in file order
+    zero = prompts[0].at if prompts else 0.0
+    for prompt in prompts:
+        prompt.at = round(prompt.at - zero, 6)
+    tokens = block_length(prompts)
+    uneven = sum(1 for prompt in prompts if prompt.blocks and not fills_blocks(prompt, tokens))
+    span = prompts[-1].at if prompts else 0.0
+    notes = ["a trace of %d requests over %.1f s, its times read as %s" % (len(prompts), span, unit)]
+    if len(prompts) < len(rows):
+        notes.append("%d of %d requests have a length of 0 and are left out" % (len(rows) - len(prompts), len(rows)))
+    if late:
+        notes.append("%d requests stood behind later ones, by up to %.3f s; put in order" % (len(late), max(late)))
+    if uneven:
+        notes.append("%d requests have hash_ids that are not one per %d tokens" % (uneven, tokens))
+    return Workload(prompts, tuple("%s: %s" % (name, note) for note in notes), True, tokens)
+
+
+def lateness(times: Sequence[float]) -> List[float]:
+    """By how much each time that stands behind a later one does.
+
+    >>> lateness([1.0, 4.0, 3.0, 2.0, 5.0])
+    [1.0, 2.0]
+    """
+    behind = (latest - time for latest, time in zip(itertools.accumulate(times, max), times))
+    return [span for span in behind if span > 0.0]
+
+
+def fills_blocks(prompt: Prompt, tokens: int) -> bool:
+    """Whether a trace's request has as many blocks as its length needs, the last one begun or not."""
+    return len(prompt.blocks) in (prompt.input_tokens // tokens, -(-prompt.input_tokens // tokens))
+
+
+def block_length(prompts: Sequence[Prompt]) -> int:
+    """The number of tokens that a trace's blocks stand for: the one that fits most requests; 0 without blocks."""
+    with_blocks = [prompt for prompt in prompts if prompt.blocks]
+    if not with_blocks:
+        return 0
+    return max(BLOCK_TOKENS, key=lambda tokens: sum(fills_blocks(prompt, tokens) for prompt in with_blocks))
+
+
+def read_workload(path: Optional[str], builtin: Sequence[Tuple[str, bytes]], timestamp_unit: str = "auto") -> Workload:
     """The workload of `--workload-file`, or the built-in prompts in all languages; raises UserError."""
     if path is None:
         prompts = []
@@ -1892,10 +2047,10 @@ def read_workload(path: Optional[str], builtin: Sequence[Tuple[str, bytes]]) -> 
                 prompts.append(Prompt("%s-%d" % (language, number), prompt.messages))
         return Workload(prompts)
     if path == "-":
-        return parse_workload(sys.stdin.buffer.read(), "stdin")
+        return parse_workload(sys.stdin.buffer.read(), "stdin", timestamp_unit)
     try:
         with open(path, "rb") as file:
-            return parse_workload(file.read(), os.path.basename(path))
+            return parse_workload(file.read(), os.path.basename(path), timestamp_unit)
     except OSError as error:
         raise UserError("--workload-file %s cannot be read: %s" % (path, error.strerror or error)) from None
 
@@ -9828,7 +9983,10 @@ def command_run(words: Sequence[str]) -> int:
     make_provider(config)
     assets = load_assets()
     builtin = [(language, assets["prompts/%s.txt" % language]) for language in ("en", "zh")]
-    prompts = read_workload(config.workload_file, builtin).prompts
+    workload = read_workload(config.workload_file, builtin)
+    if workload.trace:
+        raise UserError("--workload-file %s is a trace, which holds no prompts to send" % config.workload_file)
+    prompts = workload.prompts
     replace_headers([], config.header)
     trouble = raise_file_limit(max(config.concurrency, default=UNCAPPED_STREAMS) + 64)
     if trouble and config.concurrency:  # without a cap nobody knows how many are needed

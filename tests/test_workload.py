@@ -18,8 +18,8 @@ from conftest import ROOT
 BOM = b"\xef\xbb\xbf"
 
 
-def load(data, name="prompts.txt"):
-    return llmbench.parse_workload(data if isinstance(data, bytes) else data.encode("utf-8"), name)
+def load(data, name="prompts.txt", unit="auto"):
+    return llmbench.parse_workload(data if isinstance(data, bytes) else data.encode("utf-8"), name, unit)
 
 
 def parse(data, name="prompts.txt"):
@@ -286,6 +286,142 @@ def test_a_hundred_thousand_conversations_load_in_seconds():
     started = time.perf_counter()
     prompts = parse(data, "dump.json")
     assert len(data) > 80e6 and len(prompts) == 100000 and time.perf_counter() - started < 20  # 2 s on a slow core
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+MOONCAKE = """\
+{"timestamp": 27000, "input_length": 6758, "output_length": 500, "hash_ids": [0,1,2,3,4,5,6,7,8,9,10,11,12,13]}
+{"timestamp": 27000, "input_length": 915, "output_length": 355, "hash_ids": [0, 462]}
+{"timestamp": 30500, "input_length": 512, "output_length": 3, "hash_ids": [0]}
+"""
+BURST = """\
+Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
+5,ChatGPT,472,18,490,Conversation log
+45,ChatGPT,1087,230,1317,Conversation log
+118,GPT-4,417,0,417,API log
+118.5,"GPT-4, new",0,0,0,API log
+127,GPT-4,1360,647.0,2007,API log
+"""
+
+
+def timed(workload):
+    return [(prompt.at, prompt.input_tokens, prompt.output_tokens) for prompt in workload.prompts]
+
+
+@pytest.mark.parametrize("name", ["conversation_trace.jsonl", "trace", "trace.json"])
+def test_a_mooncake_trace(name):
+    trace = load(MOONCAKE, name)
+    assert timed(trace) == [(0.0, 6758, 500), (0.0, 915, 355), (3.5, 512, 3)]
+    assert [list(prompt.blocks) for prompt in trace.prompts] == [list(range(14)), [0, 462], [0]]
+    assert (trace.trace, trace.block_tokens) == (True, 512)
+    assert [(prompt.id, prompt.messages, prompt.max_tokens) for prompt in trace.prompts][1] == ("line-2", [], 355)
+    assert trace.notes == (f"{name}: a trace of 3 requests over 3.5 s, its times read as ms",)
+
+
+@pytest.mark.parametrize("name", ["BurstGPT_1.csv", "trace", "trace.txt"])
+def test_a_burstgpt_trace_without_its_failed_requests(name):
+    trace = load(BOM + BURST.replace("\n", "\r\n").encode(), name)
+    assert timed(trace) == [(0.0, 472, 18), (40.0, 1087, 230), (122.0, 1360, 647)]
+    assert (trace.trace, trace.block_tokens, trace.prompts[2].id) == (True, 0, "line-6")
+    assert [note.split(": ")[1] for note in trace.notes] == [
+        "a trace of 3 requests over 122.0 s, its times read as s",
+        "2 of 5 requests have a length of 0 and are left out",
+    ]
+
+
+def test_a_csv_traces_columns_are_found_by_their_names():
+    rows = "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    assert timed(load(rows + "7,s,1.5,m,10,20,30,API log\n", "b.csv")) == [(0.0, 10, 20)]
+
+
+@pytest.mark.parametrize("data,name,unit,at", [
+    (MOONCAKE, "t.jsonl", "s", 3500.0), (MOONCAKE, "t.jsonl", "ms", 3.5), (BURST, "t.csv", "ms", 0.122),
+    (BURST, "t.csv", "s", 122.0),
+])  # fmt: skip
+def test_the_unit_of_the_times_may_be_said(data, name, unit, at):
+    trace = load(data, name, unit)
+    assert trace.prompts[-1].at == pytest.approx(at)
+    assert trace.notes[0].endswith(f"read as {unit}")
+
+
+def test_what_stands_out_of_order_is_sorted_and_what_came_at_once_stays_in_file_order():
+    times = [5000, 9000, 7000, 5000, 4000, 10000]
+    lines = [{"timestamp": at, "input_length": 10 + n, "output_length": 1} for n, at in enumerate(times)]
+    trace = load("".join(json.dumps(line) + "\n" for line in lines), "t.jsonl")
+    assert [(prompt.at, prompt.id) for prompt in trace.prompts] == [
+        (0.0, "line-5"), (1.0, "line-1"), (1.0, "line-4"), (3.0, "line-3"), (5.0, "line-2"), (6.0, "line-6"),
+    ]  # fmt: skip
+    assert trace.notes[1:] == ("t.jsonl: 3 requests stood behind later ones, by up to 5.000 s; put in order",)
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 512, 1024])
+def test_what_a_block_stands_for_is_told_from_the_trace(tokens):
+    lengths = [5, 100, 1000, 1500, 3000, 3100]
+    lines = [
+        {"timestamp": n, "input_length": length, "output_length": 1, "hash_ids": list(range(-(-length // tokens)))}
+        for n, length in enumerate(lengths)
+    ]
+    data = "".join(json.dumps(line) + "\n" for line in lines)
+    assert load(data, "t.jsonl").block_tokens == tokens
+    odd = json.dumps({"timestamp": 9, "input_length": 3000, "output_length": 1, "hash_ids": [1]}) + "\n"
+    trace = load(data + odd, "t.jsonl")
+    assert trace.block_tokens == tokens
+    assert trace.notes[1] == f"t.jsonl: 1 requests have hash_ids that are not one per {tokens} tokens"
+
+
+LINE = {"timestamp": 1, "input_length": 2, "output_length": 3}
+BAD_TRACES = {
+    "no time": {"input_length": 2, "output_length": 3},
+    "no output": {"timestamp": 1, "input_length": 2},
+    "a time that is a text": {**LINE, "timestamp": "1"},
+    "a length that is true": {**LINE, "output_length": True},
+    "a negative length": {**LINE, "input_length": -1},
+    "half a token": {**LINE, "input_length": 1.5},
+    "NaN": {**LINE, "timestamp": float("nan")},
+    "without end": {**LINE, "output_length": float("inf")},
+    "a digit too many": {**LINE, "input_length": 10**400},
+    "blocks that are no list": {**LINE, "hash_ids": 5},
+    "blocks that are lists": {**LINE, "hash_ids": [[1]]},
+    "a prompt": {"prompt": "hi"},
+    "a list": [1],
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRACES)
+def test_a_bad_trace_line_is_named_by_its_number(name):
+    assert "t.jsonl line 5" in refusal(MOONCAKE + "\n" + json.dumps(BAD_TRACES[name]) + "\n" + MOONCAKE, "t.jsonl")
+
+
+@pytest.mark.parametrize(
+    "row", ["x,m,1,2,3,l", "1,m,1", "1,m,,2,2,l", "1,m,-1,2,1,l", "nan,m,1,2,3,l", "1,m,1.5,2,3,l", "inf,m,1,2,3,l"]
+)
+def test_a_bad_csv_row_is_named_by_its_number(row):
+    assert "t.csv line 7" in refusal(BURST + row + "\n", "t.csv")
+
+
+def test_a_csv_without_the_columns_is_no_list_of_prompts():
+    assert "Request tokens" in refusal("name,age\nann,7\n", "t.csv")
+
+
+def test_a_trace_in_which_all_failed_is_refused():
+    assert "no prompt" in refusal(BURST.split("\n")[0] + "\n1,m,5,0,5,l\n", "t.csv")
+
+
+def test_a_trace_is_not_sent_as_empty_prompts(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(BURST, encoding="utf-8")
+    with pytest.raises(llmbench.UserError, match="is a trace"):
+        llmbench.command_run(["--url", "http://127.0.0.1:9", "--model", "m", "--workload-file", str(path)])
+
+
+def test_lengths_of_a_trace_among_prompts_are_refused():
+    assert "line 2" in refusal('{"prompt": "a"}\n' + MOONCAKE, "t.jsonl")
+
+
+def test_a_text_that_names_a_timestamp_is_a_text():
+    assert contents(parse("What is a timestamp, and why?\n")) == ["What is a timestamp, and why?"]
+    assert parse('{"prompt": "a", "timestamp": 5, "input_length": 3}')[0].at is None
 
 
 # --- where it is read from --------------------------------------------------------------------------------------------
