@@ -1718,9 +1718,11 @@ class ThinkTags:
 # the text, by which prefixes are shared), or CSV with the columns of BurstGPT (in seconds). Rows of length 0
 # are failed requests: they are left out, and counted in a note.
 #
-# Prompts are taken in file order and start again at the end. Unless `--no-unique` is given, the first
-# user message of each conversation begins with a few characters that no earlier one had, so that no
-# prefix cache answers in the endpoint's stead.
+# Which prompt a request takes is a function of its number (order_index), so that all parts of a run agree
+# without talking: in file order, starting again at the end; shuffled anew each time round; or drawn.
+#
+# Unless `--no-unique` is given, the first user message of each conversation begins with a few characters
+# that no earlier one had, so that no prefix cache answers in the endpoint's stead.
 
 ARRAY_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[(\s*\{)?")
 BROKEN_SHOWN = 5  # how many broken lines or items one message names
@@ -2064,6 +2066,48 @@ def next_turn(prompt: Prompt, answer: str) -> Optional[Prompt]:
         return None
     said = {"role": "assistant", "content": answer}
     return dataclasses.replace(prompt, messages=prompt.messages + [said] + prompt.turns[0], turns=prompt.turns[1:])
+
+
+ORDERS = ("in-order", "shuffled", "random")
+
+
+def order_index(order: str, seed: int, count: int, index: int) -> int:
+    """Which of `count` prompts the request of this number takes, in one of ORDERS.
+
+    shuffled: each time round another permutation; random: drawn, so that one may come twice before another came.
+
+    >>> [order_index("in-order", 0, 3, index) for index in range(5)]
+    [0, 1, 2, 0, 1]
+    """
+    if order == "in-order":
+        return index % count
+    if order == "shuffled":
+        turn, place = divmod(index, count)
+        return permutation(seed, count, turn)[place]
+    if order == "random":
+        return seeded_numbers(1, seed, "random", index)[0] % count
+    raise ValueError("no order is called %s" % order)
+
+
+@functools.lru_cache(maxsize=2)  # the requests around the end of a turn take from two
+def permutation(seed: int, count: int, turn: int) -> Sequence[int]:
+    """The numbers below `count` in an order of their own for each seed and turn."""
+    keys = seeded_numbers(count, seed, "shuffled", turn)
+    return array.array("L", sorted(range(count), key=keys.__getitem__))
+
+
+def seeded_numbers(count: int, *seed: Union[int, str]) -> Sequence[int]:
+    """Numbers below 2 ** 64, the same for the same seed in every version of Python."""
+    return struct.unpack("<%dQ" % count, seeded_bytes(8 * count, *seed))
+
+
+def seeded_bytes(count: int, *seed: Union[int, str]) -> bytes:
+    """Bytes, the same for the same seed, unrelated for different ones.
+
+    >>> seeded_bytes(4, 0, "a").hex()
+    '9f70a822'
+    """
+    return hashlib.shake_256("/".join(map(str, seed)).encode("utf-8", "surrogatepass")).digest(count)
 
 
 def make_unique(prompt: Prompt, request_id: str) -> Prompt:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -482,6 +483,55 @@ def test_prompts_are_taken_in_file_order_and_start_again_at_the_end(tmp_path):
     records = [line for line in lines if "request_id" in line]
     assert [record["prompt_id"] for record in records] == list("abcabcab")
     assert [record["phase"] for record in records] == ["warmup"] + ["measure"] * 7
+
+
+# --- the order --------------------------------------------------------------------------------------------------------
+
+
+def order(name, seed, count, length):
+    return [llmbench.order_index(name, seed, count, index) for index in range(length)]
+
+
+def test_in_order_starts_again_at_the_end():
+    assert order("in-order", 5, 3, 7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("seed", [0, 1, 2**70])
+def test_shuffled_takes_each_prompt_once_a_turn_and_turns_differ(count, seed):
+    taken = order("shuffled", seed, count, 3 * count)
+    turns = [taken[at : at + count] for at in range(0, 3 * count, count)]
+    assert all(sorted(turn) == list(range(count)) for turn in turns)
+    assert count < 10 or (turns[0] != turns[1] != turns[2] != turns[0] and turns[0] != sorted(turns[0]))
+
+
+def test_every_permutation_is_as_likely_as_another():
+    turns = Counter(tuple(order("shuffled", seed, 3, 3)) for seed in range(6000))
+    assert len(turns) == 6 and max(turns.values()) - min(turns.values()) < 250  # six standard deviations
+
+
+def test_random_draws_evenly_and_may_repeat():
+    taken = Counter(order("random", 0, 10, 10000))
+    assert len(taken) == 10 and all(800 < times < 1200 for times in taken.values())
+    assert len(set(order("random", 0, 1000, 1000))) < 700
+
+
+@pytest.mark.parametrize("name", ["shuffled", "random"])
+def test_an_order_is_its_seeds_alone_whichever_part_asks_for_which_request_first(name):
+    whole = order(name, 7, 50, 200)
+    llmbench.permutation.cache_clear()
+    assert [llmbench.order_index(name, 7, 50, index) for index in reversed(range(200))] == whole[::-1]
+    assert order(name, 8, 50, 200) != whole
+
+
+def test_orders_are_the_same_in_every_version():
+    assert order("shuffled", 0, 8, 16) == [5, 0, 2, 4, 6, 3, 7, 1, 7, 1, 3, 6, 2, 4, 0, 5]
+    assert order("random", 0, 8, 16) == [5, 4, 3, 1, 0, 3, 1, 0, 4, 3, 3, 7, 0, 7, 6, 4]
+
+
+def test_an_order_that_there_is_not():
+    with pytest.raises(ValueError, match="backwards"):
+        llmbench.order_index("backwards", 0, 3, 1)
 
 
 # --- the unique prefix ------------------------------------------------------------------------------------------------
