@@ -124,7 +124,8 @@ SET_BY = {
 
 
 NEEDS = {  # flags that say nothing without another
-    "arrival": ["--rps", "1"], "find-max": ["--slo", "success>=99%"], "shard": ["--start-at", "2999-01-01T00:00:00Z", "--concurrency", "4"],
+    "arrival": ["--rps", "1"], "find-max": ["--slo", "success>=99%"],
+    "shard": ["--start-at", "2999-01-01T00:00:00Z", "--concurrency", "4"],
 }  # fmt: skip
 DRAGS = {"rps": {"concurrency"}}  # what a flag changes beside its own value
 
