@@ -180,6 +180,7 @@ class Record:
     stage: int
     shard: Optional[str] = None
     provider: str = ""
+    turn: Optional[int] = None
     status: str = "ok"
     err: Optional[str] = None
     http_status: Optional[int] = None
@@ -208,9 +209,11 @@ class Record:
     in_bytes: Optional[int] = None
     out_bytes: Optional[int] = None
     in_tokens: Optional[int] = None
+    in_tokens_target: Optional[int] = None
     cached_tokens: Optional[int] = None
     reasoning_tokens: Optional[int] = None
     out_tokens: Optional[int] = None
+    out_tokens_target: Optional[int] = None
     out_chars: Optional[int] = None
     out_crc32: Optional[str] = None
     reasoning_chars: Optional[int] = None
@@ -413,7 +416,12 @@ class Config:
     max_tokens_field: Optional[str] = None
     token_mode: str = "usage"
     think_tags: str = "auto"
+    output_tokens: Optional[int] = None
     workload_file: Optional[str] = None
+    timestamp_unit: str = "auto"
+    trace_speed: float = 1.0
+    order: str = "in-order"
+    turns: Optional[int] = None
     unique: bool = True
     insecure: bool = False
     ca_cert: Optional[str] = None
@@ -429,6 +437,8 @@ class Config:
     max_total_tokens: Optional[int] = None
     shard: Optional[str] = None
     start_at: Optional[str] = None  # ISO 8601 UTC
+    dry_run: bool = False
+    load_given: bool = False  # the user named a load, which a trace does not replace
     progress: str = "auto"
     lang: str = "en"
     run_id: str = ""
@@ -460,13 +470,19 @@ class Stage(NamedTuple):
     duration: Optional[float]
     warmup: int
     rps: Optional[float] = None
+    trace: bool = False  # the moments are a trace's, and rps is their mean rate
 
     @property
     def load(self) -> Dict[str, float]:
         """The load as summary.json names it: `{"concurrency": 8}`, or `{"rps": 4.0, "cap": 16}`."""
         if self.rps is None:
             return {"concurrency": self.concurrency}
-        return {"rps": self.rps, "cap": self.concurrency} if self.concurrency else {"rps": self.rps}
+        load: Dict[str, float] = {"rps": self.rps}
+        if self.concurrency:
+            load["cap"] = self.concurrency
+        if self.trace:
+            load["trace"] = 1
+        return load
 
     def described(self) -> Dict[str, Any]:
         """The stage as its line in results.jsonl tells it."""
@@ -1232,11 +1248,13 @@ class Endpoint(NamedTuple):
 class Dialect:
     """The fields that we add on our own and that this endpoint takes; `version` grows when one is given up.
 
-    An endpoint that answers 400 to such a field is asked once without it; see `Runner`.
+    An endpoint that answers 400 to such a field is asked once without it; see `Runner`. exact: the fields that ask
+    for an answer of just so many tokens, sent where a run wants that.
     """
 
     def __init__(self, max_tokens_field: Optional[str] = None) -> None:
         self.stream_options = True
+        self.exact: Tuple[str, ...] = ()
         self.max_tokens_field = max_tokens_field or "max_tokens"
         self.version = 0
         self.notes: List[str] = []
@@ -1256,7 +1274,10 @@ class Dialect:
         A body that names one of our fields says which; one that names none is taken to mean stream_options.
         """
         other = self.copy()
-        if not self._fixed and self.max_tokens_field in body and "max_tokens" not in self._tried:
+        refused = [name for name in self.exact if name in body]
+        if refused:
+            self._give_up(other, refused)
+        elif not self._fixed and self.max_tokens_field in body and "max_tokens" not in self._tried:
             self._tried.add("max_tokens")
             swap = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
             other.max_tokens_field = swap[self.max_tokens_field]
@@ -1267,10 +1288,18 @@ class Dialect:
             self._tried.add("stream_options")
             other.stream_options = False
             other.notes.append("the endpoint refuses stream_options; usage is read where it is sent unasked")
+        elif self.exact:
+            self._give_up(other, self.exact)
         else:
             return None
         other.version += 1
         return other
+
+    @staticmethod
+    def _give_up(other: "Dialect", names: Sequence[str]) -> None:
+        """Takes fields that ask for an exact length out."""
+        other.exact = tuple(name for name in other.exact if name not in names)
+        other.notes.append("the endpoint refuses %s; answers may come back shorter than asked" % " and ".join(names))
 
     def adopt(self, other: "Dialect") -> None:
         """Takes over what a probe found to work."""
@@ -1525,6 +1554,10 @@ def parse_json(data: bytes) -> Any:
         raise ParseError("not JSON: %r" % data[:60].decode("utf-8", "replace")) from None
 
 
+# What makes a server go on to exactly so many tokens, as vLLM, SGLang and llama.cpp take it.
+EXACT_FIELDS: Dict[str, Callable[[int], Any]] = {"ignore_eos": lambda _: True, "min_tokens": lambda tokens: tokens}
+
+
 class Provider:
     """OpenAI chat completions, and what every provider has to state.
 
@@ -1540,6 +1573,7 @@ class Provider:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.dialect = Dialect(config.max_tokens_field)
+        self.dialect.exact = tuple(EXACT_FIELDS)
 
     def decoder(self) -> Decoder:
         """A fresh decoder for one request's stream."""
@@ -1575,7 +1609,10 @@ class Provider:
         tree: Dict[str, Any] = {"model": self.config.model, "messages": prompt.messages, "stream": True}
         if dialect.stream_options:
             tree["stream_options"] = {"include_usage": True}
-        tree[dialect.max_tokens_field] = prompt.max_tokens or self.config.max_tokens
+        wanted = self.config.output_tokens or prompt.output_tokens
+        tree[dialect.max_tokens_field] = wanted or prompt.max_tokens or self.config.max_tokens
+        if wanted:
+            tree.update((name, EXACT_FIELDS[name](wanted)) for name in dialect.exact)
         return tree
 
     def models_target(self, endpoint: Endpoint) -> str:
@@ -3012,6 +3049,31 @@ def due_times(arrival: str, rate: float, seed: str) -> Iterator[float]:
         yield moment
 
 
+def trace_times(times: Sequence[float], speed: float) -> Iterator[float]:
+    """The moments of a trace, `speed` times as fast; it starts again one mean gap after its end.
+
+    >>> list(itertools.islice(trace_times([0.0, 1.0, 4.0], 2.0), 5))
+    [0.0, 0.5, 2.0, 3.0, 3.5]
+    """
+    span = times[-1] * len(times) / (len(times) - 1) if len(times) > 1 else 1.0
+    for lap in itertools.count():
+        for moment in times:
+            yield (lap * span + moment) / speed
+
+
+def stage_dues(config: Config, stage: Stage, phase: str, prompts: Sequence[Prompt]) -> Iterator[float]:
+    """The moments at which an open loop's conversations are due, in s from the beginning of a phase."""
+    if config.arrival == "trace":
+        return trace_times([prompt.at or 0.0 for prompt in prompts], config.trace_speed)
+    seed = "arrival %d %d %s" % (config.seed, stage.index, phase)
+    return due_times(config.arrival, stage.rps, seed)  # type: ignore[arg-type]
+
+
+def trace_rate(times: Sequence[float], speed: float) -> float:
+    """The mean rate of a trace, in requests per second."""
+    return (len(times) - 1) / times[-1] * speed if len(times) > 1 and times[-1] > 0 else speed
+
+
 def ramp_delay(part: Part, stream: int, concurrency: int, ramp: Optional[float]) -> float:
     """When a part's stream begins after its phase, in s, so that all streams of the run begin evenly over `ramp`.
 
@@ -3085,9 +3147,70 @@ def plan_stages(config: Config) -> List[Stage]:
     cap = config.concurrency[0] if config.concurrency else 0
     loads = [(cap, rate) for rate in config.rps] or [(streams, None) for streams in config.concurrency]
     return [
-        Stage(number, streams, config.requests_per_stage(streams, rate), config.duration, config.warmup, rate)
+        Stage(
+            number, streams, config.requests_per_stage(streams, rate), config.duration, config.warmup, rate,
+            config.arrival == "trace",
+        )
         for number, (streams, rate) in enumerate(loads)
     ]
+
+
+class Bounds(NamedTuple):
+    """What a run comes to at the worst; None: nothing bounds it."""
+
+    stages: int
+    requests: Optional[int]  # warm-up included
+    in_flight: Optional[int]
+    out_tokens: Optional[int]
+    seconds: float
+
+
+def stage_requests(config: Config, stage: Stage, prompts: Sequence[Prompt]) -> Optional[int]:
+    """The requests that a stage makes at most, warm-up included; None: as many as its streams get done in its time."""
+    total, duration = stage.total, stage.duration
+    if stage.rps is not None and duration is not None:
+        dues = itertools.takewhile(lambda due: due < duration, stage_dues(config, stage, "measure", prompts))
+        total = sum(1 for _ in itertools.islice(dues, total))
+    return None if total is None else stage.warmup + total
+
+
+def stage_seconds(config: Config, stage: Stage) -> float:
+    """How long a stage takes if every request takes its whole time-out."""
+    grace = config.timeout if config.grace is None else config.grace
+
+    def spent(count: int) -> float:
+        rounds = math.ceil(count / stage.concurrency) if stage.concurrency else 1
+        return config.timeout * rounds + (0.0 if stage.rps is None else count / stage.rps)
+
+    measured = math.inf if stage.total is None else spent(stage.total)
+    if stage.duration is not None:
+        measured = min(measured, stage.duration + grace)
+    return measured + (spent(stage.warmup) if stage.warmup else 0.0) + (config.ramp or 0.0)
+
+
+def bounds_of(config: Config, stages: Sequence[Stage], prompts: Sequence[Prompt]) -> Bounds:
+    """What these stages come to at the worst."""
+    counts = [stage_requests(config, stage, prompts) for stage in stages]
+    longest = max(config.output_tokens or prompt.output_tokens or prompt.max_tokens or config.max_tokens
+                  for prompt in prompts)  # fmt: skip
+    requests = None if None in counts else sum(counts)  # type: ignore[arg-type]
+    flights = [
+        stage.concurrency or min(count or 0, math.ceil((stage.rps or 0.0) * config.timeout) + 1)
+        for stage, count in zip(stages, counts)
+    ]
+    tokens = None if requests is None else requests * longest
+    if config.max_total_tokens is not None:
+        tokens = min(config.max_total_tokens, math.inf if tokens is None else tokens)  # type: ignore[assignment]
+    seconds = sum(stage_seconds(config, stage) for stage in stages)
+    return Bounds(len(stages), requests, max(flights), tokens, seconds)
+
+
+def planned_stages(config: Config) -> List[Stage]:
+    """The stages of a run before it is made; of --find-max the most and the heaviest there can be."""
+    if config.find_max is None:
+        return plan_stages(config)
+    most = search_bounds(config)[1]
+    return [probe_stage(config, number, most) for number in range(MOST_PROBES)]
 
 
 # ==================================================================================================
@@ -4210,6 +4333,10 @@ class Runner:
             elif stream.opening and stream.task is not None:
                 stream.task.cancel()
 
+    def sample(self, stage: Stage) -> bytes:
+        """The first request of a stage as it would be sent."""
+        return self._first_job(stage, Talk(0, 0, 1)).payload
+
     # One stage.
 
     async def run_stage(self, stage: Stage) -> None:
@@ -4239,7 +4366,7 @@ class Runner:
 
     def _talks(self, part: Optional[Part], first: int, total: Optional[int]) -> Iterator[Talk]:
         """This part's conversations of a phase."""
-        talks = talks_from(first, None if total is None else first + total, lambda number: 1)
+        talks = talks_from(first, None if total is None else first + total, self._turns_of)
         return (talk for talk in talks if part.takes(talk.number)) if part is not None else iter(())
 
     async def _run_phase(self, stage: Stage, name: str, part: Optional[Part], first: int, total: Optional[int]) -> None:
@@ -4412,8 +4539,7 @@ class Runner:
     def _dues(self, phase: Phase) -> Iterator[Due]:
         """This part's conversations with the moments at which they are due; each is made ready ahead of its own."""
         stage, name = phase.stage, phase.name
-        seed = "arrival %d %d %s" % (self.config.seed, stage.index, name)
-        offsets = due_times(self.config.arrival, stage.rps, seed)  # type: ignore[arg-type]
+        offsets = stage_dues(self.config, stage, name, self.prompts)
         number = 0 if name == "warmup" else stage.warmup  # of the next offset
         for talk in phase.talks:
             moment = phase.began + next(itertools.islice(offsets, talk.number - number, None))
@@ -4543,7 +4669,12 @@ class Runner:
         return "%s-%d-%d" % (self.config.run_id, stage.index, index)
 
     def _prompt_of(self, talk: Talk) -> Prompt:
-        return self.prompts[talk.number % len(self.prompts)]
+        return self.prompts[order_index(self.config.order, self.config.seed, len(self.prompts), talk.number)]
+
+    def _turns_of(self, number: int) -> int:
+        """How many requests a conversation takes."""
+        turns = 1 + len(self._prompt_of(Talk(number, number, 1)).turns)
+        return turns if self.config.turns is None else min(turns, self.config.turns)
 
     def _first_job(self, stage: Stage, talk: Talk) -> Job:
         """The first request of a conversation."""
@@ -4567,6 +4698,8 @@ class Runner:
         record = self._new_record(job.request_id, job.sent, phase.name, phase.stage)
         record.scheduled_ms = milliseconds(due - self.zero)
         record.in_bytes = job.in_bytes
+        record.in_tokens_target = job.sent.input_tokens
+        record.out_tokens_target = self.config.output_tokens or job.sent.output_tokens
         while True:
             try:
                 attempt = await self._attempt(stream, job, due)
@@ -7867,11 +8000,14 @@ def local_address(target: Endpoint) -> str:
         return ""
 
 
+NOT_SHOWN = frozenset(("token", "out", "run_id", "dry_run", "load_given"))  # of the configuration
+
+
 def make_header(config: Config, endpoint: Endpoint, prompts: int, command: str, started: float) -> Dict[str, Any]:
     """The first line's `run` object: what was asked for, redacted, and from where."""
     secrets = secrets_of(config, endpoint)
     shown = {
-        key: value for key, value in vars(config).items() if value is not None and key not in ("token", "out", "run_id")
+        key: value for key, value in vars(config).items() if value is not None and key not in NOT_SHOWN
     }
     shown["url"] = redact(endpoint.url, secrets)
     shown["header"] = [redact(mask_header(line), secrets) for line in config.header]
@@ -8179,6 +8315,38 @@ def summary_notes(summary: Mapping[str, Any], texts: Mapping[str, str], paint: C
         if len(summary["errors"]) > 5:
             lines.append("  " + texts["terminal.more_failures"].format(n=len(summary["errors"]) - 5))
     return lines
+def plan_lines(stages: Sequence[Stage], bounds: Bounds, facts: Sequence[Tuple[str, str]], texts: Mapping[str, str],
+               shown: int = 12) -> List[str]:
+    """What --dry-run prints of a run: facts as (label, value), its stages, and what it comes to at the worst."""
+    unknown = texts["plan.unknown"]
+    rows = [list(fact) for fact in facts]
+    for stage in stages[:shown]:
+        rows.append([texts["plan.stage"].format(number=stage.index + 1), stage_said(stage, texts)])
+    if len(stages) > shown:
+        rows.append(["", texts["plan.more"].format(n=len(stages) - shown)])
+    numbers = (
+        (texts["plan.requests"], bounds.requests), (texts["plan.in_flight"], bounds.in_flight),
+        (texts["plan.out_tokens"], bounds.out_tokens),
+    )  # fmt: skip
+    rows += [[label, unknown if value is None else "{:,}".format(value)] for label, value in numbers]
+    rows.append([texts["plan.seconds"], short_duration(bounds.seconds)])
+    width = max(text_width(row[0]) for row in rows)
+    return [texts["plan.nothing_sent"], ""] + ["%s  %s" % (padded(row[0], width, False), row[1]) for row in rows]
+
+
+def stage_said(stage: Stage, texts: Mapping[str, str]) -> str:
+    """A stage in words: its load, and what ends it."""
+    if stage.rps is None:
+        parts = [texts["plan.streams"].format(n=stage.concurrency)]
+    else:
+        parts = [texts["plan.rate"].format(n="%g" % stage.rps)]
+        parts += [texts["plan.cap"].format(n=stage.concurrency)] if stage.concurrency else []
+    parts += [texts["plan.total"].format(n="{:,}".format(stage.total))] if stage.total is not None else []
+    parts += [short_duration(stage.duration)] if stage.duration is not None else []
+    parts += [texts["plan.warmup"].format(n=stage.warmup)] if stage.warmup else []
+    return texts["list.comma"].join(parts)
+
+
 def selftest_lines(result: Mapping[str, Any], texts: Mapping[str, str]) -> List[str]:
     """The selftest's result as two tables: the client's own error, and how much it can take in."""
     first, end = texts["terminal.selftest.first"] + " P50", texts["terminal.selftest.end"] + " P50"
@@ -9442,11 +9610,11 @@ def read_rates(text: str) -> List[float]:
 
 
 def read_arrival(text: str) -> str:
-    """`poisson`, `constant` or `gamma:SHAPE`."""
-    if text not in ("poisson", "constant"):
+    """`poisson`, `constant`, `gamma:SHAPE` or `trace`."""
+    if text not in ("poisson", "constant", "trace"):
         match = re.match(r"^gamma:([0-9]{1,6}(\.[0-9]*)?|\.[0-9]+)$", text)
         if not match or float(match.group(1)) < 0.01:
-            raise ValueError("needs poisson, constant or gamma:SHAPE with a shape from 0.01 on")
+            raise ValueError("needs poisson, constant, trace, or gamma:SHAPE with a shape from 0.01 on")
     return text
 
 
@@ -9550,8 +9718,8 @@ RUN_FLAGS = (
          "open loop: so many requests per second go out when they are due, not when a stream is free; "
          "a list makes one stage each; 0: closed loop"),
     Flag("arrival", read_arrival, "KIND", "poisson",
-         "when an open loop's requests are due: poisson (independent users), constant, or gamma:SHAPE (burstier "
-         "below shape 1); drawn by --seed"),
+         "when an open loop's requests are due: poisson (independent users), constant, gamma:SHAPE (burstier below "
+         "shape 1), drawn by --seed; or trace: when the trace says, which is the default of a trace without a load"),
     Flag("ramp", read_duration, "TIME", "off", "start the streams of a closed loop evenly over this time, not at once"),
     Flag("total-requests", read_count(1), "N", "max(10, 2 × concurrency), or 10 s of --rps",
          "measured requests per stage; none when only --duration is given"),
@@ -9568,7 +9736,16 @@ RUN_FLAGS = (
     Flag("think-tags", read_choice("auto", "on", "off"), "MODE", "auto",
          "whether <think>…</think> at the start of the content is reasoning; off leaves content alone"),
     Flag("workload-file", str, "FILE", "built-in prompts",
-         "prompts: text (one a line) or JSONL ({\"prompt\"} or {\"messages\"}, id, max_tokens); - reads stdin"),
+         "prompts: text (one a line), JSONL or a JSON array ({\"prompt\"} or {\"messages\"}, id, max_tokens), ShareGPT "
+         "({\"conversations\"}), or a trace (timestamp, input_length, output_length; BurstGPT's CSV); - reads stdin"),
+    Flag("timestamp-unit", read_choice("auto", "ms", "s"), "UNIT", "auto",
+         "unit of a trace's timestamps; auto: ms in JSONL, s in CSV"),
+    Flag("trace-speed", read_rate, "X", "1", "replay a trace so many times as fast"),
+    Flag("order", read_choice(*ORDERS), "ORDER", "in-order",
+         "which prompt comes next: in-order of the file, shuffled anew each time round, or random, by --seed"),
+    Flag("turns", read_count(1), "N", "all", "of a conversation, play so many of the user's turns at most"),
+    Flag("output-tokens", read_count(1), "N", "",
+         "ask for answers of exactly so many tokens: max_tokens, with ignore_eos and min_tokens where they are taken"),
     Flag("unique", None, "", "on",
          "put a short unique prefix before each first user message, so that no prefix cache flatters the endpoint"),
     Flag("no-unique", None, "", "", "send the prompts as they are"),
@@ -9603,6 +9780,8 @@ RUN_FLAGS = (
          "auto/N takes K from $JOB_COMPLETION_INDEX; `llmbench merge` joins the results"),
     Flag("start-at", read_start, "TIME", "now",
          "begin at HH:MM[:SS] by this host's clock, or at an ISO 8601 date and time with its offset"),
+    Flag("dry-run", None, "", "off",
+         "print what would be sent, what it comes to at the worst, and the first request; send nothing"),
     Flag("progress", read_choice("auto", "bar", "lines", "none"), "MODE", "auto", "bar on a terminal, lines elsewhere"),
     Flag("lang", read_choice("en", "zh"), "LANG", "from the locale", "language of terminal and report: en or zh"),
 )  # fmt: skip
@@ -9693,6 +9872,7 @@ def read_config(words: Sequence[str]) -> Config:
         given["unique"] = False
     check_load(given)
     config = Config(**given)
+    config.load_given = any(given.get(name) for name in ("concurrency", "rps", "find_max"))
     if config.find_max == "rps" and not config.rps:
         config.rps = [1.0]
     if config.rps and "concurrency" not in given:
@@ -9715,11 +9895,13 @@ def check_load(given: Mapping[str, Any]) -> None:
     if "find_max" in given:
         check_search(given)
     elif given.get("rps"):
+        if given.get("arrival") == "trace":
+            raise UserError("--arrival trace takes the trace's own times; leave --rps out")
         if len(given.get("concurrency", [])) > 1:
             raise UserError("--concurrency takes one number with --rps: the most requests in flight")
         if "ramp" in given:
             raise UserError("--ramp starts streams evenly and needs --concurrency without --rps")
-    elif "arrival" in given:
+    elif given.get("arrival", "trace") != "trace":
         raise UserError("--arrival says when requests of an open loop are due and needs --rps")
 
 
@@ -9866,6 +10048,8 @@ class Session:
         """Measures, writes everything and returns the exit status."""
         config = self.config
         try:
+            if config.dry_run:
+                return self._show_plan()
             network = Network(self.endpoint, config, self.poll)
             if not config.model:
                 config.model = self.loop.run_until_complete(first_model(self.provider, self.endpoint, network))
@@ -9879,6 +10063,27 @@ class Session:
         finally:
             close_loop(self.loop)
             self.keeper.close()
+
+    def _show_plan(self) -> int:
+        """--dry-run."""
+        config, texts = self.config, self.texts
+        stages = planned_stages(config)
+        sizes = sorted(
+            sum(len(text_of(message.get("content"))) for message in prompt.messages) for prompt in self.prompts
+        )
+        secrets = secrets_of(config, self.endpoint)
+        facts = [
+            (texts["plan.target"], redact(self.endpoint.url, secrets)),
+            (texts["plan.model"], config.model or texts["plan.first_model"]),
+            (texts["plan.prompts"], texts["plan.sizes"].format(n=len(sizes), low=sizes[0], high=sizes[-1])),
+            (texts["plan.out"], config.out or default_directory(config.model, time.time())),
+        ]
+        for line in plan_lines(stages, bounds_of(config, stages, self.prompts), facts, texts):
+            print(line)
+        runner = Runner(config, self.provider, self.endpoint, self.prompts, Part(*config.host), self.poll, no_record)
+        print("\n" + texts["plan.sample"] + "\n")
+        print(redact(runner.sample(stages[0]).decode("utf-8", "replace"), secrets).replace("\r\n", "\n"))
+        return EXIT_OK
 
     def _measure(self, directory: str, started: float) -> int:
         try:
@@ -9971,7 +10176,8 @@ class Session:
         """The run's zero on the monotonic clock: now, or the moment that --start-at names."""
         if self.config.start_at is None:
             return clock()
-        return clock() + timestamp(self.config.start_at) - time.time()
+        moment = timestamp(self.config.start_at)
+        return moment - time.time() + clock()  # both clocks read at once: what is slow is done before
 
     def _interrupt(self, measuring: Union[Runner, Crew], number: int) -> None:
         """The first signal stops the run gently, the second at once."""
@@ -10027,9 +10233,8 @@ def command_run(words: Sequence[str]) -> int:
     make_provider(config)
     assets = load_assets()
     builtin = [(language, assets["prompts/%s.txt" % language]) for language in ("en", "zh")]
-    workload = read_workload(config.workload_file, builtin)
-    if workload.trace:
-        raise UserError("--workload-file %s is a trace, which holds no prompts to send" % config.workload_file)
+    workload = read_workload(config.workload_file, builtin, config.timestamp_unit)
+    follow_trace(config, workload)
     prompts = workload.prompts
     replace_headers([], config.header)
     trouble = raise_file_limit(max(config.concurrency, default=UNCAPPED_STREAMS) + 64)
@@ -10041,6 +10246,30 @@ def command_run(words: Sequence[str]) -> int:
         return session.run()
     with MockProcess(mock_flags(config.url)) as mock:
         return Session(config, mock.url, prompts, assets, words).run()
+
+
+def no_record(_: Mapping[str, Any]) -> None:
+    """The sink of a run that is not made."""
+
+
+def follow_trace(config: Config, workload: Workload) -> None:
+    """Takes the load from a trace, unless the user named one; raises UserError where flags and workload disagree."""
+    if not workload.trace:
+        if config.arrival == "trace":
+            raise UserError("--arrival trace needs a --workload-file that is a trace, with timestamps")
+        return
+    if config.load_given and config.arrival != "trace":
+        return  # the lengths are the trace's, the load is not
+    refused = {"warmup": config.warmup, "ramp": config.ramp, "order": config.order != "in-order"}
+    for flag, value in refused.items():
+        if value:
+            raise UserError("--%s does not go with a trace's own times; give a load with --rps or --concurrency" % flag)
+    if not config.load_given:
+        config.concurrency = []
+    config.arrival = "trace"
+    config.rps = [trace_rate([prompt.at or 0.0 for prompt in workload.prompts], config.trace_speed)]
+    if config.total_requests is None and config.duration is None:
+        config.total_requests = len(workload.prompts)
 
 
 def warn_without_token(config: Config, endpoint: Endpoint) -> None:

@@ -108,6 +108,8 @@ SET_BY = {
     "url": ("http://h/v1", "http://h/v1"), "provider": ("openai2", "openai2"), "model": ("m", "m"),
     "token": ("t0k", "t0k"),
     "slo": ("success>=99%", ["success>=99%"]), "find-max": ("concurrency", "concurrency"),
+    "timestamp-unit": ("s", "s"), "trace-speed": ("2", 2.0), "order": ("shuffled", "shuffled"), "turns": ("3", 3),
+    "output-tokens": ("64", 64), "dry-run": (None, True),
     "max-errors": ("5%", "5%"), "max-total-tokens": ("9000", 9000), "shard": ("1/4", "1/4"),
     "start-at": ("2999-01-02T03:04:05+08:00", "2999-01-01T19:04:05.000000Z"),
     "rps": ("0.5,2", [0.5, 2.0]), "arrival": ("gamma:2", "gamma:2"), "ramp": ("3s", 3.0),
@@ -127,7 +129,8 @@ NEEDS = {  # flags that say nothing without another
     "arrival": ["--rps", "1"], "find-max": ["--slo", "success>=99%"],
     "shard": ["--start-at", "2999-01-01T00:00:00Z", "--concurrency", "4"],
 }  # fmt: skip
-DRAGS = {"rps": {"concurrency"}}  # what a flag changes beside its own value
+# What a flag changes beside its own value.
+DRAGS = {"rps": {"concurrency", "load_given"}, "concurrency": {"load_given"}, "find-max": {"load_given"}}
 
 
 def test_every_flag_is_tried_here():
@@ -176,11 +179,13 @@ def test_unique_is_the_default_and_excludes_its_opposite():
     (["--rps", "2", "--concurrency", "1,2"], "--concurrency takes one number with --rps"),
     (["--rps", "2", "--ramp", "3s"], "--ramp starts streams evenly and needs --concurrency without --rps"),
     (["--arrival", "constant"], "--arrival says when requests of an open loop are due and needs --rps"),
+    (["--rps", "2", "--arrival", "trace"], "--arrival trace takes the trace's own times; leave --rps out"),
+    (["--arrival", "trace"], "--arrival trace needs a --workload-file that is a trace"),
     (["--rps", "0", "--arrival", "constant"], "--arrival says when requests of an open loop are due and needs --rps"),
     (["--rps", "-1"], "--rps needs requests per second"), (["--rps", "1,0"], "--rps needs requests per second"),
     (["--rps", "nan"], "--rps needs requests per second"), (["--rps", "1e3"], "--rps needs requests per second"),
-    (["--rps", "1", "--arrival", "gamma:0"], "--arrival needs poisson, constant or gamma:SHAPE"),
-    (["--rps", "1", "--arrival", "uniform"], "--arrival needs poisson, constant or gamma:SHAPE"),
+    (["--rps", "1", "--arrival", "gamma:0"], "--arrival needs poisson, constant, trace, or gamma:SHAPE"),
+    (["--rps", "1", "--arrival", "uniform"], "--arrival needs poisson, constant, trace, or gamma:SHAPE"),
 ])  # fmt: skip
 def test_flags_of_an_open_and_of_a_closed_loop_exclude_each_other(words, error):
     assert error in refusal("run", "--url", "mock:", *words)

@@ -21,6 +21,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from running import CHECKOUT, FILES, Run, run, wait_until
 from servers import (
     CHUNKED,
     HELLO,
@@ -41,82 +42,8 @@ from servers import (
 import llmbench
 from conftest import ROOT, SUPPORTED, find_interpreters, interpreter
 
-CHECKOUT = [sys.executable, str(ROOT / "llmbench.py")]
-FILES = {"results.jsonl", "results.csv", "summary.json", "report.html"}
 STOP = event(finish="stop")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-
-
-# Running the program.
-
-
-class Run:
-    """llmbench in a process of its own, and what it left."""
-
-    def __init__(self, out, *flags, program=CHECKOUT, **options):
-        self.out = Path(str(out))
-        words = [*program, "run", "--out", str(out), "--progress", "none", *flags]
-        if not any(flag.startswith("--model") for flag in flags):
-            words += ["--model", "tiny"]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True, **options}
-        environment = {name: text for name, text in os.environ.items() if "TOKEN" not in name and "KEY" not in name}
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, env={**environment, "LC_ALL": "C.UTF-8"}, **options
-        )
-
-    def wait(self, seconds=60.0):
-        """Waits for the end; self for chaining."""
-        try:
-            out, err = self.process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        self.stdout, self.stderr = ((text or b"").decode("utf-8", "replace") for text in (out, err))
-        self.status = self.process.returncode
-        return self
-
-    @property
-    def files(self):
-        return {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
-
-    @property
-    def lines(self):
-        text = (self.out / "results.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n")[:-1]]
-
-    @property
-    def records(self):
-        return [line for line in self.lines if "request_id" in line]
-
-    @property
-    def end(self):
-        return next((line["end"] for line in self.lines if "end" in line), None)
-
-    @property
-    def summary(self):
-        return json.loads((self.out / "summary.json").read_text(encoding="utf-8"))
-
-    @property
-    def everything(self):
-        """All that it wrote, files and terminal."""
-        return "".join(path.read_text(encoding="utf-8") for path in self.out.iterdir()) + self.stdout + self.stderr
-
-
-def run(out, *flags, **options):
-    return Run(out, *flags, **options).wait()
-
-
-def wait_until(condition, process=None):
-    """Looks again every millisecond until `condition()` is true; its value."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            value = condition()
-            if value:
-                return value
-        assert process is None or process.poll() is None, "it ended: " + process.stderr.read().decode()
-        time.sleep(0.001)
-    raise AssertionError("it never came to that")
 
 
 # The plan's test: 200 ms to the first token, 19 gaps of 50 ms.
