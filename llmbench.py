@@ -2174,10 +2174,10 @@ def make_unique(prompt: Prompt, request_id: str) -> Prompt:
 # stages. Inter-chunk gaps come as merged histograms (at most 1 % off); everything else is exact.
 
 COLUMNS = (
-    "scheduled_ms", "start_ms", "end_ms", "queue_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms", "ttft_slack_ms",
-    "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms", "chunks",
-    "in_tokens", "cached_tokens", "reasoning_tokens", "out_tokens", "out_chars", "reasoning_chars", "in_bytes",
-    "out_bytes", "lag_ms", "rtt_ms", "retransmits", "out_of_order", "reused",
+    "scheduled_ms", "start_ms", "end_ms", "queue_ms", "capped_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms",
+    "ttft_slack_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms",
+    "chunks", "in_tokens", "cached_tokens", "reasoning_tokens", "out_tokens", "out_chars", "reasoning_chars",
+    "in_bytes", "out_bytes", "lag_ms", "rtt_ms", "retransmits", "out_of_order", "reused",
 )  # fmt: skip
 DISTRIBUTIONS = (
     "ttft_ms", "ttfe_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms",
@@ -2383,12 +2383,13 @@ class Collector:
     def __init__(self) -> None:
         self.header: Dict[str, Any] = {}
         self.stages: Dict[int, Rows] = {}
+        self.plans: Dict[int, Dict[str, Any]] = {}
         self.audits: List[Dict[str, Any]] = []
         self.end: Optional[Dict[str, Any]] = None
         self.samples: Dict[str, str] = {}
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """One line of the file: header, record, audit or end."""
+        """One line of the file: header, the plan of a stage, record, audit or end."""
         if "run" in line:
             self.header = dict(line["run"])
         elif "audit" in line:
@@ -2397,6 +2398,14 @@ class Collector:
             self.end = dict(line["end"])
         elif "request_id" in line:
             self._add_record(line)
+        elif "stage" in line:
+            self._add_plan(dict(line["stage"]))
+
+    def _add_plan(self, plan: Dict[str, Any]) -> None:
+        """What a stage was to be; in merged files it comes once a host, and after other hosts' records."""
+        self.plans[plan["index"]] = plan
+        if plan["index"] in self.stages:
+            self.stages[plan["index"]].load = self._load(plan["index"])
 
     def _add_record(self, record: Mapping[str, Any]) -> None:
         stage = record["stage"]
@@ -2416,6 +2425,9 @@ class Collector:
         return [self.stages[index] for index in sorted(self.stages)] or [Rows(0, self._load(0))]
 
     def _load(self, stage: int) -> Dict[str, float]:
+        """The load of a stage: its plan's; files without plans give it in the configuration."""
+        if stage in self.plans:
+            return dict(self.plans[stage]["load"])
         loads = self.header.get("config", {}).get("concurrency") or [1]
         return {"concurrency": loads[stage] if stage < len(loads) else loads[-1]}
 
@@ -2431,6 +2443,71 @@ class Collector:
         return start
 
 
+OPEN_LOOP_NEED = 20  # requests that must end in an open loop's steady window; a closed loop needs two a stream
+
+
+def is_open(load: Mapping[str, float]) -> bool:
+    """Whether requests go out by a schedule, however many are in flight."""
+    return "rps" in load
+
+
+def load_names(loads: Sequence[Mapping[str, float]]) -> List[Dict[str, float]]:
+    """What tells each of a run's loads from the others: level, cap and length where they differ, `again` for a repeat.
+
+    >>> load_names([{"concurrency": 8}, {"concurrency": 16}, {"concurrency": 16}])[1:]
+    [{'concurrency': 16}, {'concurrency': 16, 'again': 2}]
+    """
+    varied = [key for key in ("cap", "input_tokens") if len({load.get(key) for load in loads}) > 1]
+    names, seen = [], collections.Counter()  # type: Tuple[List[Dict[str, float]], collections.Counter]
+    for load in loads:
+        level = "rps" if is_open(load) else "concurrency"
+        name = {level: load.get(level, 1)}
+        name.update({key: load[key] for key in ("trace", *varied) if key in load})
+        key = tuple(name.items())
+        seen[key] += 1
+        names.append({**name, "again": seen[key]} if seen[key] > 1 else name)
+    return names
+
+
+def own_waits(rows: Rows) -> List[Tuple[float, float]]:
+    """Of each request that was sent: when it was due, and how long it waited by this client's own fault, in ms.
+
+    The wait for a free slot under a cap is what the user asked for; it is no fault of the client's.
+    """
+    columns = rows.columns
+    return [
+        (due, wait - capped if capped == capped else wait)
+        for due, wait, capped in zip(columns["scheduled_ms"], columns["queue_ms"], columns["capped_ms"])
+        if wait == wait and due == due
+    ]
+
+
+def rates_of(rows: Rows) -> Dict[str, float]:
+    """An open loop's requested and achieved rate, in requests/s: of the dues there were, and of the starts.
+
+    The latest hundredth of the starts is left out, so that one straggler at the end does not make a slow loop; a
+    request that was dropped never started.
+    """
+    dues = sorted(due for due in rows.columns["scheduled_ms"] if due == due)
+    kept = len(dues) - max(1, len(dues) // 100)
+    starts = sorted(start for start in rows.columns["start_ms"] if start == start)[:kept]
+    if not is_open(rows.load) or kept < 2 or dues[kept - 1] <= dues[0] or not starts:
+        return {}
+    requested = 1000.0 * (len(dues) - 1) / (dues[-1] - dues[0])
+    planned, took = dues[kept - 1] - dues[0], max(starts[-1], dues[kept - 1]) - dues[0]
+    achieved = requested * (len(starts) - 1) / (kept - 1) * planned / took
+    return {"requested_rps": round(requested, 4), "achieved_rps": round(achieved, 4)}
+
+
+def streams_in(rows: Rows) -> int:
+    """The streams of a stage: its concurrency, or the most that an open loop had in flight."""
+    if not is_open(rows.load):
+        return int(rows.load["concurrency"])
+    spans = [span for span in zip(rows.columns["start_ms"], rows.columns["end_ms"]) if span[0] == span[0]]
+    changes = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
+    return max(itertools.accumulate(change for _, change in changes), default=1)
+
+
 def wall_ms(rows: Rows) -> float:
     """First measured start to last measured end of a stage, in ms."""
     starts = [value for value in rows.columns["start_ms"] if value == value]
@@ -2439,7 +2516,14 @@ def wall_ms(rows: Rows) -> float:
 
 
 def steady_window(rows: Rows) -> Optional[Tuple[float, float]]:
-    """From the first moment at which all streams are in flight to the last start, in ms; None when never full."""
+    """From the first moment at which all streams are in flight to the last start, in ms; None when never full.
+
+    An open loop is never full: there the window begins when the request that started first has ended.
+    """
+    if is_open(rows.load):
+        pairs = [pair for pair in zip(rows.columns["start_ms"], rows.columns["end_ms"]) if pair[0] == pair[0]]
+        begin, end = min(pairs, default=(0.0, 0.0))[1], max(pairs, default=(0.0, 0.0))[0]
+        return (begin, end) if begin < end else None
     changes = []
     for start, end in zip(rows.columns["start_ms"], rows.columns["end_ms"]):
         if start == start:
@@ -2457,6 +2541,8 @@ def steady_window(rows: Rows) -> Optional[Tuple[float, float]]:
 def steady_throughput(rows: Rows) -> Tuple[Optional[float], str]:
     """Output tokens/s in the steady window; None with the reason where it can't be said."""
     window = steady_window(rows)
+    if window is None and is_open(rows.load):
+        return None, "no request started after the first one had ended"
     if window is None:
         return None, "the streams were never all in flight at once"
     low, high = window
@@ -2473,9 +2559,10 @@ def steady_throughput(rows: Rows) -> Tuple[Optional[float], str]:
             tokens += out * share_within(begin, end, low, high)
         else:
             unknown += end >= low and start <= high
-    need = 2 * rows.load.get("concurrency", 1)
+    need = OPEN_LOOP_NEED if is_open(rows.load) else 2 * rows.load.get("concurrency", 1)
     if ended < need:
-        return None, "only %d requests ended while all streams were busy; %d are needed" % (ended, need)
+        where = "in the steady window" if is_open(rows.load) else "while all streams were busy"
+        return None, "only %d requests ended %s; %d are needed" % (ended, where, need)
     if unknown:
         return None, "%d requests of the steady window gave no token counts or no first output" % unknown
     return (tokens / (high - low) * 1000.0, "") if high > low else (None, "the steady window is empty")
@@ -2575,6 +2662,7 @@ def client_block(audits: Sequence[Mapping[str, Any]], rows: Sequence[Rows]) -> D
 CPU_LIMIT = 90.0  # % of one CPU: a process above it can't be shown to have kept up
 SHORT_RUN_MS = 1000.0  # the CPU share of less says nothing: starting and ending are part of it
 LATE_LIMIT = 1.0  # % of starts that came late by our own delay
+RATE_LIMIT = 2.0  # % that the starts of an open loop may fall short of its schedule's rate
 SHARE_LIMIT = 1.0  # % of requests from which on failures, cancellations and odd answers count
 CLOCK_LIMIT_MS = 100.0  # how far the clocks of hosts may be apart before the load of a stage is not one load any more
 CUT_OFF = "cut off"  # how a shard ended whose file has no end line
@@ -2638,8 +2726,7 @@ def late_percent(rows: Rows, limit: float, firsts: Iterable[float] = ()) -> floa
     moments, where there were several hosts.
     """
     first = min((due for due in rows.columns["scheduled_ms"] if due == due), default=0.0)
-    pairs = zip(rows.columns["queue_ms"], rows.columns["scheduled_ms"])
-    waits = [wait for wait, due in pairs if wait == wait and due > first and due not in firsts]
+    waits = [wait for due, wait in own_waits(rows) if due > first and due not in firsts]
     return part_of(sum(wait > limit for wait in waits), len(waits))
 
 
@@ -2663,6 +2750,36 @@ def sample_reasons(rows: Rows, stage: Mapping[str, Any], config: Mapping[str, An
             yield Reason("CAUTION", "few", {"n": success, "names": ", ".join(name.upper() for name in limited)})
         yield from answer_reasons(rows, success, config)
         yield from warmup_reasons(rows)
+    if is_open(rows.load):
+        yield from schedule_reasons(rows, stage["client"])
+
+
+def schedule_reasons(rows: Rows, client: Mapping[str, Any]) -> Iterator[Reason]:
+    """What kept an open loop from its schedule: a cap that bound, and a rate that was not reached."""
+    capped = [wait for wait in rows.columns["capped_ms"] if wait > 0]
+    if capped:
+        share = part_of(len(capped), len(rows))
+        values = {"share": share, "longest": max(capped), "n": len(capped), "cap": rows.load.get("cap", 0)}
+        yield Reason("CAUTION", "cap", values)
+    requested, achieved = client.get("requested_rps", 0.0), client.get("achieved_rps", 0.0)
+    missing = 100.0 - part_of(achieved, requested) if requested else 0.0
+    if missing > RATE_LIMIT and missing * len(rows) >= 500:
+        values = {"missing": missing, "achieved": achieved, "requested": requested}
+        yield Reason("CAUTION", missed_by(rows, missing), values)
+
+
+def missed_by(rows: Rows, missing: float) -> str:
+    """What most of a missed rate is due to: requests that were dropped, the cap, slow connects, or this client."""
+    if part_of(rows.count("dropped"), len(rows)) > missing / 2:
+        return "rate_dropped"
+    columns = rows.columns
+    late = zip(columns["start_ms"], columns["scheduled_ms"], columns["queue_ms"])
+    causes = {
+        "rate_cap": sum(wait for wait in columns["capped_ms"] if wait == wait),
+        "rate_client": sum(wait for _, wait in own_waits(rows)),
+        "rate_connect": sum(start - due - wait for start, due, wait in late if start == start and wait == wait),
+    }
+    return max(causes, key=causes.__getitem__)
 
 
 def answer_reasons(rows: Rows, success: int, config: Mapping[str, Any]) -> Iterator[Reason]:
@@ -2757,21 +2874,26 @@ def run_reasons(
 def judge(summary: Mapping[str, Any], rows: Sequence[Rows]) -> Dict[str, Any]:
     """The verdict: `{state, reasons: [{state, key, values, streams}]}`; streams: of which stages, among several.
 
+    Where their number of streams does not name the stages, `loads` does, each as load_names has it.
+
     A reason that several stages give stands once, with the values of the stage where it is worst.
     """
-    found: Dict[Tuple[str, str], List[Tuple[Reason, int]]] = {}
+    found: Dict[Tuple[str, str], List[Tuple[Reason, Dict[str, float]]]] = {}
     for reason in run_reasons(summary.get("end"), summary["client"], summary.get("merged", {})):
-        found[reason.state, reason.key] = [(reason, 0)]
-    for stage, stage_rows in zip(summary["stages"], rows):
+        found[reason.state, reason.key] = [(reason, {})]
+    for stage, stage_rows, name in zip(summary["stages"], rows, load_names([stage.load for stage in rows])):
         reasons = [*client_reasons(stage_rows, stage), *sample_reasons(stage_rows, stage, summary["config"])]
         for reason in reasons:
-            found.setdefault((reason.state, reason.key), []).append((reason, stage["load"].get("concurrency", 0)))
+            found.setdefault((reason.state, reason.key), []).append((reason, name))
     entries = []
     for (state, key), given in sorted(found.items(), key=lambda item: item[0][0] != "INVALID"):
         worst = max((reason for reason, _ in given), key=badness)
         entry: Dict[str, Any] = {"state": state, "key": key, "values": rounded(worst.values)}
-        if len(rows) > 1 and given[0][1]:
-            entry["streams"] = [streams for _, streams in given]
+        names = [name for _, name in given if name]
+        if len(rows) > 1 and names and all(list(name) == ["concurrency"] for name in names):
+            entry["streams"] = [name["concurrency"] for name in names]
+        elif len(rows) > 1 and names:
+            entry["loads"] = names
         entries.append(entry)
     states = {state for state, _ in found}
     return {"state": "INVALID" if "INVALID" in states else "CAUTION" if states else "VALID", "reasons": entries}
@@ -2801,6 +2923,7 @@ def summarize_stage(
     block["client"] = client_block(mine, [rows])
     limit = lag_limit_ms((block["ttft_ms"] or {}).get("p50"))
     block["client"]["late_percent"] = round(late_percent(rows, limit, firsts), 4)
+    block["client"].update(rates_of(rows))
     if gates:
         block["slo"] = judge_gates(block, gates)
     return {key: value for key, value in block.items() if value is not None}
@@ -2941,9 +3064,11 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     summary["stages"] = stages
     summary["client"] = client_block(collector.audits, rows)
     if "selftest" in header:
-        streams = max(int(stage.load["concurrency"]) for stage in rows)
+        streams = max(1, *(streams_in(stage) for stage in rows))
         summary["client"]["selftest"] = noise_floor(header["selftest"], streams)
     summary["client"]["late_percent"] = max(stage["client"]["late_percent"] for stage in stages)
+    if len(stages) == 1:
+        summary["client"].update(rates_of(rows[0]))
     if collector.end is not None:
         summary["end"] = collector.end
     summary["config"] = config
@@ -5597,8 +5722,13 @@ def scale_of(statistic: Optional[Mapping]) -> Scale:
 
 
 def clock_text(milliseconds: float) -> str:
-    """A duration as minutes and seconds: 6:27."""
-    return "%d:%02d" % divmod(round(milliseconds / 1000.0), 60)
+    """A duration as minutes and seconds, from an hour on with hours.
+
+    >>> clock_text(387_000), clock_text(11_400_000)
+    ('6:27', '3:10:00')
+    """
+    minutes, seconds = divmod(round(milliseconds / 1000.0), 60)
+    return "%d:%02d:%02d" % (minutes // 60, minutes % 60, seconds) if minutes >= 60 else "%d:%02d" % (minutes, seconds)
 
 
 # One stage, and what the gates say of it
@@ -5621,6 +5751,12 @@ class StageView:
     gates: Sequence[Mapping]
     judged: bool
     samples: Mapping[str, Sequence[float]]
+    name: Mapping[str, float]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its requests went out by a schedule."""
+        return is_open(self.rows.load)
 
     @property
     def requests(self) -> Mapping:
@@ -5656,10 +5792,11 @@ def successful(rows: "Rows", name: str) -> List[float]:
     return [value for status, value in zip(rows.status, column) if status == "ok" and value == value] if column else []
 
 
-def stage_view(number: int, figures: Mapping, rows: "Rows", gates: Sequence[Mapping], judged: bool) -> StageView:
+def stage_view(number: int, figures: Mapping, rows: "Rows", gates: Sequence[Mapping], judged: bool,
+               name: Mapping[str, float]) -> StageView:
     """One stage, with the samples that several charts need sorted once."""
     samples = {name: sorted(successful(rows, name)) for name in SAMPLED}
-    return StageView(number, figures, rows, gates, judged, samples)
+    return StageView(number, figures, rows, gates, judged, samples, name)
 
 
 def stage_gates(summary: Mapping, figures: Mapping, stage: int) -> Sequence[Mapping]:
@@ -5670,8 +5807,14 @@ def stage_gates(summary: Mapping, figures: Mapping, stage: int) -> Sequence[Mapp
 def stage_views(summary: Mapping, rows: Sequence["Rows"]) -> List[StageView]:
     """The stages of a run; a gate belongs to the stage that it names."""
     judged = summary.get("verdict", {}).get("state") != "INVALID"
-    return [stage_view(number, figures, stage_rows, stage_gates(summary, figures, stage_rows.stage), judged)
-            for number, (figures, stage_rows) in enumerate(zip(summary.get("stages") or [summary], rows))]
+    names = load_names([stage_rows.load for stage_rows in rows])
+    return [stage_view(number, figures, stage_rows, stage_gates(summary, figures, stage_rows.stage), judged, name)
+            for number, (figures, stage_rows, name) in enumerate(zip(summary.get("stages") or [summary], rows, names))]
+
+
+def queue_metric(metric: str, load: Mapping[str, float]) -> str:
+    """The key of a metric's name: the queue of a stage with a cap holds the wait under it too, and says so."""
+    return "queue_ms.capped" if metric == "queue_ms" and "cap" in load else metric
 
 
 def metric_label(page: Page, metric: str) -> Both:
@@ -5689,9 +5832,12 @@ def gate_title(page: Page, gate: Mapping) -> Both:
     return title if plain_metric else joined_texts(" ", (title, stat.upper()))
 
 
+SHARES = ("success_rate", "goodput_share")  # of 1; shown in %
+
+
 def gate_scale(gate: Mapping) -> float:
-    """What a success gate's numbers are divided by to be shares: the limit may have been kept as a percentage."""
-    return 100.0 if gate_metric(gate) == "success_rate" and gate["limit"] > 1 else 1.0
+    """What a share's numbers are divided by to be shares of 1: the limit may have been kept as a percentage."""
+    return 100.0 if gate_metric(gate) in SHARES and gate["limit"] > 1 else 1.0
 
 
 def gate_number(page: Page, gate: Mapping, value: Optional[float], scale: Scale, extra: int = 0) -> Both:
@@ -5699,7 +5845,7 @@ def gate_number(page: Page, gate: Mapping, value: Optional[float], scale: Scale,
     metric = gate_metric(gate)
     if not known(value):
         return both(DASH)
-    if metric == "success_rate":
+    if metric in SHARES:
         return percent(value / gate_scale(gate), extra)
     if metric.endswith("_ms"):
         return both(figure(value / scale.divisor, 3 + extra) + "\u00a0" + scale.unit)
@@ -5737,7 +5883,7 @@ def gate_margin(page: Page, gate: Mapping) -> Both:
         return both(DASH)
     distance = value - limit if gate.get("op", "<=").startswith(">") else limit - value
     sign = "+" if distance >= 0 else "\u2212"
-    if gate_metric(gate) == "success_rate":
+    if gate_metric(gate) in SHARES:
         return page.said("unit.points", n="%s%.2f" % (sign, abs(100.0 * distance / gate_scale(gate))))
     if not limit:
         return both(DASH)
@@ -5746,11 +5892,11 @@ def gate_margin(page: Page, gate: Mapping) -> Both:
 
 
 def bullet(page: Page, stage: StageView, gate: Mapping) -> Markup:
-    """Measured against the limit on a bar from 0; of a success rate the failed share, since 99.85 % can't be read."""
+    """Measured against the limit on a bar from 0; of a share what is missing to 100 %, since 99.85 % can't be read."""
     limit, value = gate["limit"], gate.get("value")
     if not known(value):
         return Markup("")
-    if gate_metric(gate) == "success_rate":
+    if gate_metric(gate) in SHARES:
         limit, value = 1 - limit / gate_scale(gate), 1 - value / gate_scale(gate)
     full = max(1.5 * limit, 1.05 * value) or 1.0
     kind = "failed" if stage.judged and not gate.get("passed") else ""
@@ -5787,36 +5933,93 @@ def table(page: Page, heads: Sequence[Sequence[Cell]], rows: Iterable[Tuple[str,
 # The first screen: facts, verdict, the sentence, six figures, gates
 
 
-def level(load: Mapping[str, float]) -> str:
-    """The number of a load: how many streams, or how many requests a second."""
-    return "{:,g}".format(load.get("rps", load.get("concurrency", 1)))
+LEVELS = {"rps": "rate", "concurrency": "streams", "cap": "cap", "input_tokens": "input"}  # key of a load -> its word
+
+
+def level_keys(names: Sequence[Mapping[str, float]]) -> List[str]:
+    """In what the loads of a run differ, of LEVELS; their level where they do not."""
+    varied = [key for key in LEVELS if len({name.get(key) for name in names}) > 1]
+    return varied or ["rps" if is_open(names[0]) else "concurrency"]
+
+
+def level_number(name: Mapping[str, float], key: str) -> str:
+    """One number of a load: 16, 4.25, 131,072; a trace's rate is a mean and has three digits."""
+    value = name.get(key, 1)
+    if "trace" in name and key == "rps":
+        return figure(value)
+    return count(value) if value == int(value) else "{:,g}".format(value)
+
+
+def level(name: Mapping[str, float], keys: Sequence[str] = ()) -> str:
+    """A load's numbers alone: how many streams, or requests a second, or what the loads differ in; (2) is a repeat."""
+    text = " · ".join(level_number(name, key) for key in keys or level_keys([name]) if key in name)
+    return text + (" (%d)" % name["again"] if "again" in name else "")
+
+
+def level_words(page: Page, prefix: str, keys: Sequence[str]) -> Both:
+    """What the numbers of a load count: streams, req/s; `prefix` is where they stand."""
+    return joined_texts(" · ", (page.said("%s.%s" % (prefix, LEVELS[key])) for key in keys))
+
+
+def load_words(texts: Mapping[str, str], name: Mapping[str, float], concurrent: bool = False) -> str:
+    """A load in the words of a language: 16 streams; 4 req/s, at most 8 in flight; 16 streams (no. 2)."""
+    if is_open(name):
+        text = texts["rate"].format(n=level_number(name, "rps"))
+    else:
+        key = "streams.concurrent" if concurrent else "streams"
+        key += ".one" if name.get("concurrency", 1) == 1 else ""
+        text = texts[key].format(n=level_number(name, "concurrency"))
+    for key, word in (("cap", "load.cap"), ("input_tokens", "load.input"), ("again", "load.again")):
+        if key in name:
+            text = texts[word].format(load=text, n=level_number(name, key))
+    return text
 
 
 def load_text(page: Page, stage: StageView, concurrent: bool = False) -> Both:
-    """A stage's load in words: 16 streams, 4 req/s."""
-    load = stage.rows.load
-    if "rps" in load:
-        return page.said("rate", n=level(load))
-    key = "streams.concurrent" if concurrent else "streams"
-    return page.said(key + (".one" if load.get("concurrency", 1) == 1 else ""), n=level(load))
+    """A stage's load in words, as far as it takes to tell it from the others."""
+    return Both(*(load_words(texts, stage.name, concurrent) for texts in page.texts))
+
+
+def arrival_words(texts: Mapping[str, str], config: Mapping, load: Mapping[str, float]) -> str:
+    """How an open loop's requests arrive, in the words of a language."""
+    kind, _, shape = str(config.get("arrival", "poisson")).partition(":")
+    kind = "trace" if "trace" in load else kind
+    key = "arrival." + kind
+    return texts[key].format(shape=shape) if key in texts else kind
+
+
+def shared_by(loads: Sequence[Mapping[str, float]], key: str) -> Optional[float]:
+    """What all loads have in common; None where they differ or don't have it."""
+    values = {load.get(key) for load in loads}
+    return values.pop() if len(values) == 1 else None
 
 
 def load_levels(page: Page, stages: Sequence[StageView], config: Mapping) -> Both:
     """The kind of load and its levels."""
-    loads = [stage.rows.load for stage in stages]
-    is_open = any("rps" in load for load in loads)
-    levels = joined_texts(page.said("list.comma"), [level(load) for load in loads])
-    arrival = str(config.get("arrival", "poisson"))
-    if len(stages) > 1:
-        key = "load.open_stages" if is_open else "load.closed_stages"
-        return page.said(key, n=len(stages), levels=levels, arrival=arrival.capitalize())
-    if is_open:
-        return page.said("load.open", rate=levels, arrival=arrival.capitalize())
-    return page.said("load.closed", streams=load_text(page, stages[0]))
+    loads, keys = [stage.rows.load for stage in stages], level_keys([stage.name for stage in stages])
+    kind = "open" if stages[0].is_open else "closed"
+    levels = joined_texts(page.said("list.comma"), [level(stage.name) for stage in stages])
+    arrival = Both(*(arrival_words(texts, config, loads[0]) for texts in page.texts))
+    if len(stages) > 1 and keys[0] in ("rps", "concurrency") and len(keys) == 1:
+        text = page.said("load.%s_stages" % kind, n=len(stages), levels=levels, arrival=arrival)
+    elif len(stages) > 1:
+        listed = joined_texts("; ", [load_text(page, stage) for stage in stages])
+        text = page.said("load.%s_listed" % kind, n=len(stages), levels=listed, arrival=arrival)
+    elif kind == "open":
+        text = page.said("load.open", rate=levels, arrival=arrival)
+    else:
+        text = page.said("load.closed", streams=load_text(page, stages[0]))
+    for key, word in (("cap", "load.cap"), ("input_tokens", "load.input")):
+        value = shared_by(loads, key)
+        if value is not None:
+            text = page.said(word, load=text, n=count(value))
+    return text
 
 
 def duration_text(page: Page, milliseconds: float) -> Both:
-    """A duration: 6:27 min, or 45.2 s below a minute."""
+    """A duration: 3:10:00 h, 6:27 min, or 45.2 s below a minute."""
+    if milliseconds >= 3599500:
+        return page.said("wall.hours", n=clock_text(milliseconds))
     if milliseconds >= 60000:
         return page.said("wall.minutes", n=clock_text(milliseconds))
     return page.said("wall.seconds", n=figure(milliseconds / 1000.0))
@@ -5920,6 +6123,9 @@ def reason_said(texts: Mapping[str, str], reason: Mapping[str, Any]) -> str:
     """A reason of the verdict in a language; numbers have the digits that the tables give them."""
     values = {name: figure(value) if isinstance(value, float) else value for name, value in reason["values"].items()}
     text = texts["reason." + reason["key"]].format(**values)
+    if "loads" in reason:
+        loads = texts["list.comma"].join(load_words(texts, name) for name in reason["loads"])
+        return texts["load.of"].format(loads=loads, text=text)
     streams = reason.get("streams")
     if streams is None:
         return text
@@ -6036,7 +6242,7 @@ def sentence_of_few(page: Page, stage: StageView) -> Both:
 
 def at_load(page: Page, stage: StageView) -> Both:
     """The opening of a sentence: With 16 concurrent streams."""
-    key = "sentence.at_rate" if "rps" in stage.rows.load else "sentence.at_streams"
+    key = "sentence.at_rate" if stage.is_open else "sentence.at_streams"
     return page.said(key, load=load_text(page, stage, concurrent=True))
 
 
@@ -6065,6 +6271,16 @@ def began(page: Page, stage: StageView, prefix: str = "") -> Both:
         return page.said("sentence.rest_none", n=count(stage.successes))
     key += "_p95" if quotable(statistic, "p95") else ""
     return page.said(key, at=at_load(page, stage), **values)
+
+
+def felt(page: Page, stage: StageView) -> List[Both]:
+    """In an open loop, how soon the answers began for those who waited for their turn."""
+    statistic = stage.statistic("ttft_from_scheduled_ms")
+    if not stage.is_open or not statistic:
+        return []
+    key = "sentence.due_p95" if quotable(statistic, "p95") else "sentence.due"
+    scale = scale_of(statistic)
+    return [page.said(key, p50=scale.said(statistic["p50"]), p95=scale.said(statistic["p95"]))]
 
 
 def sentence_of_failures(page: Page, stage: StageView) -> Both:
@@ -6110,7 +6326,7 @@ def sentence(page: Page, summary: Mapping, stages: Sequence[StageView], stage: S
         return sentence_of_few(page, stage)
     if stage.requests.get("success_rate", 1.0) < 0.95:
         return sentence_of_failures(page, stage)
-    return joined_texts("", [began(page, stage)] + wrote(page, stage) + gates_passed(page, stage))
+    return joined_texts("", [began(page, stage)] + felt(page, stage) + wrote(page, stage) + gates_passed(page, stage))
 
 
 class Pair(NamedTuple):
@@ -6136,19 +6352,24 @@ class Tile(NamedTuple):
 
 def stat_name(page: Page, statistic: Mapping, stat: str) -> Markup:
     """P99, with a dagger where n is too small for it."""
-    limited = statistic and not quotable(statistic, stat)
-    return joined((page.html(stat.upper()), page.fill("limited") if limited else ""))
+    return joined((page.html(stat.upper()), dagger(page, statistic, stat)))
+
+
+def dagger(page: Page, statistic: Mapping, stat: str) -> Markup:
+    """The mark of a percentile that n is too small for."""
+    return page.fill("limited") if statistic and not quotable(statistic, stat) else Markup("")
 
 
 def due_pairs(page: Page, stage: StageView, metric: str) -> List[Pair]:
     """In an open loop: the same time counted from when the request was due."""
     name = metric.replace("_ms", "_from_scheduled_ms")
     statistic = stage.statistic(name)
-    if "rps" not in stage.rows.load or not statistic:
+    if not stage.is_open or not statistic:
         return []
     scale = scale_of(statistic)
-    return [Pair(page.said("pair.due_" + stat), scale.said(statistic.get(stat)),
-                 "bad" if stage.failed(name, stat) else "") for stat in ("p50", "p95")]
+    return [Pair(joined((page.html(page.said("pair.due_" + stat)), dagger(page, statistic, stat))),
+                 scale.said(statistic.get(stat)), "bad" if stage.failed(name, stat) else "")
+            for stat in MARKED_PERCENTILES]
 
 
 def first_output_pair(page: Page, stage: StageView, metric: str) -> List[Pair]:
@@ -6223,8 +6444,9 @@ def requests_tile(page: Page, stage: StageView) -> Tile:
     throughput, unit = stage.figures.get("throughput", {}), page.said("unit.requests_per_s")
     pairs = []
     if known(throughput.get("goodput_rps")):
-        pairs = [Pair(page.said("pair.goodput"), measured(throughput["goodput_rps"], unit)),
-                 Pair(page.said("pair.share"), percent(throughput.get("goodput_share")))]
+        bad = ["bad" if stage.failed(name, "") else "" for name in ("goodput_rps", "goodput_share")]
+        pairs = [Pair(page.said("pair.goodput"), measured(throughput["goodput_rps"], unit), bad[0]),
+                 Pair(page.said("pair.share"), percent(throughput.get("goodput_share")), bad[1])]
     wall = stage.figures.get("wall_time_ms")
     pairs.append(Pair(page.said("pair.wall"), duration_text(page, wall) if known(wall) else DASH, "minor"))
     return Tile("tile.requests", "rps", figure(throughput.get("rps")), unit if known(throughput.get("rps")) else "", "",
@@ -6260,10 +6482,11 @@ def tiles(page: Page, stage: StageView) -> Markup:
     """The six figures, and the footnote when one of them is of limited meaning."""
     made = [build(page, stage) for build in TILES]
     row = page.fill("tiles", tiles=joined(tile_markup(page, stage, tile) for tile in made))
-    dagger = any(statistic and not all(quotable(statistic, stat) for stat in MARKED_PERCENTILES) for statistic in (
+    limited = any(statistic and not all(quotable(statistic, stat) for stat in MARKED_PERCENTILES) for statistic in (
         stage.statistic(tile.metric) for tile in made))
-    note = page.said("limited", n=count(stage.successes))
-    return joined((row, page.fill("note", kind="", text=note) if dagger else ""))
+    notes = [page.said("open.quote")] if stage.is_open and stage.successes else []
+    notes += [page.said("limited", n=count(stage.successes))] if limited else []
+    return joined([row] + [page.fill("note", kind="", text=note) for note in notes])
 
 
 def gate_row(page: Page, stage: StageView, gate: Mapping) -> Tuple[str, List[Cell]]:
@@ -6303,7 +6526,10 @@ class StageColumn(NamedTuple):
 
 STAGE_COLUMNS = tuple(
     [StageColumn(metric, stat, group, "column." + stat) for metric, group, stats in (
-        ("ttft_ms", "stage.ttft", MARKED_PERCENTILES), ("latency_ms", "stage.latency", MARKED_PERCENTILES),
+        ("ttft_ms", "stage.ttft", MARKED_PERCENTILES),
+        ("ttft_from_scheduled_ms", "stage.ttft_due", MARKED_PERCENTILES),
+        ("latency_ms", "stage.latency", MARKED_PERCENTILES),
+        ("latency_from_scheduled_ms", "stage.latency_due", MARKED_PERCENTILES),
         ("tpot_ms", "stage.tpot", MARKED_PERCENTILES[:2])) for stat in stats]
     + [StageColumn("request_tps", "p50", "stage.tokens", "stage.each"),
        StageColumn("output_tokens_per_s", "", "stage.tokens", "stage.all"),
@@ -6318,14 +6544,14 @@ def stage_head(page: Page, stages: Sequence[StageView], columns: Sequence[StageC
         inside = list(members)
         title = page.said(group, unit=scales[inside[0].metric].unit) if group else ""
         groups.append(Cell(title, "group" if group else "", len(inside)))
-    load = page.said("stage.rate" if "rps" in stages[0].rows.load else "stage.streams")
+    load = level_words(page, "stage", level_keys([stage.name for stage in stages]))
     gates = [Cell(page.said("stage.gates"))] if any(stage.gates for stage in stages) else []
     titles = [Cell(load)] + gates + [Cell(page.said("stage.success"), "number")]
     for column in columns:
         limited = any(stage.statistic(column.metric) and column.stat and not quotable(
             stage.statistic(column.metric), column.stat) for stage in stages)
-        dagger = page.fill("limited") if limited else ""
-        titles.append(Cell(joined((page.html(page.said(column.title)), dagger)), "number"))
+        mark = page.fill("limited") if limited else ""
+        titles.append(Cell(joined((page.html(page.said(column.title)), mark)), "number"))
     return [groups, titles]
 
 
@@ -6343,9 +6569,10 @@ def stage_value(stage: StageView, column: StageColumn) -> Optional[float]:
     return stage.figures.get("throughput", {}).get(column.metric)
 
 
-def stage_row(page: Page, stage: StageView, columns: Sequence[StageColumn], scales: Mapping[str, Scale]) -> List[Cell]:
+def stage_row(page: Page, stage: StageView, keys: Sequence[str], columns: Sequence[StageColumn],
+              scales: Mapping[str, Scale]) -> List[Cell]:
     """The figures of one stage."""
-    cells = [Cell(level(stage.rows.load))]
+    cells = [Cell(level(stage.name, keys))]
     if stage.gates:
         state = "" if not stage.judged else "failed" if stage.failed_gates else "passed"
         mark = {"passed": "✓ ", "failed": "✕ ", "": ""}[state]
@@ -6361,10 +6588,16 @@ def stage_row(page: Page, stage: StageView, columns: Sequence[StageColumn], scal
 
 def stage_table(page: Page, stages: Sequence[StageView], shown: StageView) -> Markup:
     """One line a stage, one unit a column, failing cells marked, the shown stage highlighted."""
-    columns = [column for column in STAGE_COLUMNS if any(known(stage_value(stage, column)) for stage in stages)]
+    columns = [column for column in STAGE_COLUMNS if any(known(stage_value(stage, column)) for stage in stages)
+               and (stages[0].is_open or not column.metric.endswith("_from_scheduled_ms"))]
     scales = {column.metric: stage_scale(stages, column.metric) for column in columns}
+    for metric in [metric for metric in scales if metric.endswith("_from_scheduled_ms")]:
+        twin = metric.replace("_from_scheduled", "")  # a time from due is read beside the one from start: in one unit
+        if scales.get(twin, scales[metric]) != scales[metric]:
+            scales[metric] = scales[twin] = SECONDS
     head = stage_head(page, stages, columns, scales)
-    rows = (("chosen" if stage is shown else "", stage_row(page, stage, columns, scales)) for stage in stages)
+    keys = level_keys([stage.name for stage in stages])
+    rows = (("chosen" if stage is shown else "", stage_row(page, stage, keys, columns, scales)) for stage in stages)
     gated = any(stage.gates for stage in stages)
     said = joined_texts(" · ", (requirement(page, gate, stage_scale(stages, gate_metric(gate)))
                                 for gate in shown.gates))
@@ -6532,7 +6765,7 @@ def curve_points(ordered: Sequence[float]) -> List[Optional[float]]:
 def answered_curves(page: Page, stage: StageView) -> Optional[Chart]:
     """The share of requests answered within a time; in an open loop also counted from when they were due."""
     chosen = [curve for curve in CURVES if len(stage.samples[curve[0]]) >= 5 and stage.samples[curve[0]][0] > 0
-              and stage.statistic(curve[0]) and ("rps" in stage.rows.load or not curve[3])]
+              and stage.statistic(curve[0]) and (stage.is_open or not curve[3])]
     if not chosen:
         return None
     series = [{"name": page.said(label), "colour": colour, "dashed": dashed,
@@ -6592,20 +6825,22 @@ def gaps_histogram(page: Page, stage: StageView) -> Optional[Chart]:
 
 # Where the time goes
 
-PHASES = ("queue", "connect", "head", "first", "think", "answer")
+PHASES = ("cap", "queue", "connect", "head", "first", "think", "answer")
+PHASE_COLOURS = {"cap": "a"}  # the others have a colour of their own name
 
 
 def phases_of(stage: StageView) -> List[Tuple[float, List[float]]]:
-    """Of each successful request its latency and the milliseconds of its six phases, fastest first."""
-    names = ("queue_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms", "latency_ms")
+    """Of each successful request its latency and the milliseconds of its seven phases, fastest first."""
+    names = ("capped_ms", "queue_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms", "latency_ms")
     absent = itertools.repeat(math.nan)
     columns = [stage.rows.columns.get(name, absent) for name in names]
     found = []
-    for status, queue, connect, head, first, text, latency in zip(stage.rows.status, *columns):
+    for status, capped, queue, connect, head, first, text, latency in zip(stage.rows.status, *columns):
         if status == "ok" and first == first and latency == latency and head == head:
             begun = text if text == text and text >= first else first
-            found.append((latency, [queue if queue == queue else 0.0, connect if connect == connect else 0.0,
-                                    head, max(0.0, first - head), begun - first, max(0.0, latency - begun)]))
+            before = [wait if wait == wait else 0.0 for wait in (capped, queue, connect)]
+            before[1] = max(0.0, before[1] - before[0])
+            found.append((latency, before + [head, max(0.0, first - head), begun - first, max(0.0, latency - begun)]))
     found.sort(key=lambda item: item[0])
     return found
 
@@ -6628,7 +6863,7 @@ def phases_chart(page: Page, stage: StageView) -> Optional[Chart]:
     each = Both(each.en.replace(".0", ""), each.zh.replace(".0", ""))
     spec = {"kind": "phases", "divisor": scale.divisor, "unit": scale.unit, "x": page.said("axis.groups"),
             "names": [page.said("phase." + PHASES[phase]) for phase in drawn],
-            "colours": [PHASES[phase] for phase in drawn],
+            "colours": [PHASE_COLOURS.get(PHASES[phase], PHASES[phase]) for phase in drawn],
             "values": [[rounded_to(value, 4) for value in means[phase]] for phase in drawn],
             "ends": [page.said("axis.fastest", x=each), page.said("axis.median"), page.said("axis.slowest", x=each)]}
     words = [page.said("panel.phases.mean", phase=page.said("phase." + PHASES[phase]), value=figure(overall[phase]))
@@ -6863,15 +7098,25 @@ def failures_over_time(page: Page, stage: StageView, buckets: Buckets) -> Option
 # Several stages
 
 
+def in_order(stages: Sequence[StageView]) -> List[StageView]:
+    """The stages by what they differ in, as an axis has them."""
+    keys = level_keys([stage.name for stage in stages])
+    return sorted(stages, key=lambda stage: [stage.name.get(key, 0) for key in keys])
+
+
 def load_spec(page: Page, stages: Sequence[StageView], kind: str, unit: Text) -> Dict:
-    """What every chart over load shares."""
-    is_open = "rps" in stages[0].rows.load
-    return {"kind": kind, "y": unit, "x": page.said("axis.rate" if is_open else "axis.streams"),
-            "loads": [stage.rows.load.get("rps", stage.rows.load.get("concurrency", 1)) for stage in stages]}
+    """What every chart over load shares; where stages differ in more than one number they stand side by side."""
+    keys = level_keys([stage.name for stage in stages])
+    spec = {"kind": kind, "y": unit, "x": level_words(page, "axis", keys),
+            "loads": [stage.name.get(keys[0], 1) for stage in stages]}
+    if len(keys) > 1 or min(spec["loads"]) <= 0:
+        spec["names"] = [level(stage.name, keys) for stage in stages]
+    return spec
 
 
 def throughput_by_load(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
     """Throughput of each stage, against what it would be if the first stage scaled linearly."""
+    stages = in_order(stages)
     values = [stage.figures.get("throughput", {}).get("output_tokens_per_s") for stage in stages]
     unit = page.said("axis.tokens_all")
     if not all(known(value) for value in values):
@@ -6882,15 +7127,19 @@ def throughput_by_load(page: Page, stages: Sequence[StageView]) -> Optional[Char
     spec = load_spec(page, stages, "load", unit)
     loads = spec["loads"]
     spec["series"] = [{"name": "", "colour": "a", "values": [rounded_to(value) for value in values], "labels": True}]
-    spec["linear"] = [rounded_to(values[0] * load / loads[0]) for load in loads]
+    scales = "names" not in spec and level_keys([stage.name for stage in stages])[0] in ("rps", "concurrency")
+    if scales and loads[0] < loads[-1]:
+        spec["linear"] = [rounded_to(values[0] * load / loads[0]) for load in loads]
     words = joined_texts(", ", (joined_texts(" ", (load_text(page, stage), figure(value)))
                                 for stage, value in zip(stages, values)))
     return Chart(spec, page.said("finding.load", name=page.said("panel.load_throughput"), figures=words),
-                 page.said("panel.load_throughput.sub"))
+                 page.said("panel.load_throughput.sub") if "linear" in spec else "")
 
 
 def trade_off(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
     """What one user sees against what the endpoint writes in all, a point a stage."""
+    stages = in_order(stages)
+    keys = level_keys([stage.name for stage in stages])
     pairs = [(stage.statistic("request_tps").get("p50"), stage.figures.get("throughput", {}).get("output_tokens_per_s"))
              for stage in stages]
     if not all(known(each) and known(total) for each, total in pairs):
@@ -6898,7 +7147,7 @@ def trade_off(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
     spec = load_spec(page, stages, "tradeoff", page.said("axis.tokens_all"))
     spec.update(x=page.said("axis.tokens_each"),
                 points=[[rounded_to(each), rounded_to(total)] for each, total in pairs],
-                labels=[load_text(page, stages[0])] + [level(stage.rows.load) for stage in stages[1:]],
+                labels=[load_text(page, stages[0])] + [level(stage.name, keys) for stage in stages[1:]],
                 failed=[bool(stage.failed_gates) for stage in stages])
     words = joined_texts("; ", (page.said("failed_gate", name=load_text(page, stage), value="%s, %s" % (
         figure(each), figure(total))) for stage, (each, total) in zip(stages, pairs)))
@@ -6908,6 +7157,7 @@ def trade_off(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
 
 def metric_by_load(page: Page, stages: Sequence[StageView], metric: str, title: str) -> Optional[Chart]:
     """P50, P95 and P99 of a time by load, and the gates on it."""
+    stages = in_order(stages)
     if not all(stage.statistic(metric) for stage in stages):
         return None
     scale = stage_scale(stages, metric)
@@ -6976,8 +7226,8 @@ def panel_markup(page: Page, panel: Panel, chart: Optional[Chart], charts: Chart
     name = prefix + panel.name
     title = chart.spec.get("title", title)
     charts[name] = dict(chart.spec, title=title)
-    key = page.fill("key", items=joined(page.fill("key_item", colour=colour, text=page.said("phase." + colour))
-                                        for colour in chart.key)) if chart.key else ""
+    key = page.fill("key", items=joined(page.fill("key_item", colour=PHASE_COLOURS.get(phase, phase), text=page.said(
+        "phase." + phase)) for phase in chart.key)) if chart.key else ""
     note = page.fill("note", kind="", text=chart.note) if chart.note and any(both(chart.note)) else ""
     return page.fill("panel", kind=panel.kind, title=title, sub=chart.sub, chart=name, finding=chart.finding, note=note,
                      data=page.said("button.data"), key=key)
@@ -7005,13 +7255,14 @@ TABLED = ("ttft_ms", "ttft_from_scheduled_ms", "ttfe_ms", "ttfb_ms", "latency_ms
 TABLED_STATS = ("mean", "stdev", "min", "p50", "p90", "p95", "p99", "max")
 
 
-def figures_row(page: Page, metric: str, statistic: Mapping) -> List[Cell]:
+def figures_row(page: Page, stage: StageView, metric: str) -> List[Cell]:
     """One metric of the table of all figures."""
-    cells = [Cell(metric_label(page, metric)), Cell(count(statistic["n"]), "number")]
+    statistic = stage.statistic(metric)
+    cells = [Cell(metric_label(page, queue_metric(metric, stage.rows.load))), Cell(count(statistic["n"]), "number")]
     for stat in TABLED_STATS:
-        dagger = stat in ("p50", "p90", "p95", "p99") and not quotable(statistic, stat)
         text = page.html(figure(statistic.get(stat)))
-        cells.append(Cell(joined((text, page.fill("limited"))) if dagger else text, "number"))
+        mark = dagger(page, statistic, stat) if stat.startswith("p") else ""
+        cells.append(Cell(joined((text, mark)), "number"))
     return cells
 
 
@@ -7019,9 +7270,9 @@ def figures_table(page: Page, stage: StageView) -> Markup:
     """All figures, in milliseconds."""
     first, text = stage.statistic("ttfe_ms"), stage.statistic("ttft_ms")
     left_out = {"ttfe_ms"} if first and all(first.get(stat) == text.get(stat) for stat in TABLED_STATS) else set()
-    if "rps" not in stage.rows.load:
+    if not stage.is_open:
         left_out |= {"ttft_from_scheduled_ms", "latency_from_scheduled_ms"}
-    rows = [("", figures_row(page, metric, stage.statistic(metric))) for metric in TABLED
+    rows = [("", figures_row(page, stage, metric)) for metric in TABLED
             if stage.statistic(metric) and metric not in left_out]
     head = heads(page, "column.metric", "column.n", *("column." + stat for stat in TABLED_STATS))
     return page.fill("plain_panel", kind="wide", title=page.said("panel.all"), sub=page.said("panel.all.sub"),
@@ -7157,8 +7408,6 @@ class ClientCheck(NamedTuple):
 CLIENT_CHECKS = (
     ClientCheck("client.lag", "lag_ms", "ms", "lag"), ClientCheck("client.slack", "ttft_slack_ms", "ms", "lag"),
     ClientCheck("client.cpu", "cpu_percent", "%", "90"), ClientCheck("client.late", "late_percent", "%", "1"),
-    ClientCheck("client.requested", "requested_rps", "req/s", None),
-    ClientCheck("client.achieved", "achieved_rps", "req/s", None),
     ClientCheck("client.processes", "processes", "", None))
 
 
@@ -7189,9 +7438,20 @@ def measured_as(page: Page, value: Optional[float], unit: str) -> Text:
     """A figure of the audit with its unit."""
     if unit == "%":
         return Both("%.3g\u00a0%%" % (value or 0), "%.3g%%" % (value or 0))
-    if unit == "req/s":
-        return measured(value, page.said("unit.requests_per_s"))
     return measured(value, unit) if unit else count(value or 0)
+
+
+def rate_rows(page: Page, stages: Sequence[StageView]) -> List[Tuple[str, List[Cell]]]:
+    """Of each open stage the rate of its schedule and the rate at which its requests went out."""
+    rows = []
+    for stage in stages:
+        for title in ("requested", "achieved"):
+            value = stage.figures.get("client", {}).get(title + "_rps")
+            if known(value):
+                said = page.said("client." + title) if len(stages) == 1 else page.said(
+                    "client.%s_at" % title, load=load_text(page, stage))
+                rows.append(client_row(said, "", measured(value, page.said("unit.requests_per_s")), None))
+    return rows
 
 
 def client_table(page: Page, summary: Mapping, stages: Sequence[StageView], end: Optional[Mapping]) -> Markup:
@@ -7207,12 +7467,13 @@ def client_table(page: Page, summary: Mapping, stages: Sequence[StageView], end:
             limit_text = measured_as(page, limit, check.unit) if limit is not None else ""
             rows.append(client_row(page.said(check.title), limit_text, measured_as(page, value, check.unit),
                                    value <= limit if limit is not None else None))
+    rows += rate_rows(page, stages)
     floor = client.get("selftest")
     if floor:
         title = page.said("client.floor", streams=floor["streams"])
         rows.append(client_row(title, "", measured_as(page, floor["first_p99_ms"], "ms"), None))
     dropped = sum(stage.requests.get("dropped", 0) for stage in stages)
-    if any("rps" in stage.rows.load for stage in stages):
+    if any(stage.is_open for stage in stages):
         rows.append(client_row(page.said("client.dropped"), "0", count(dropped), not dropped))
     whole = end is not None and all("end" in shard for shard in summary.get("merged", {}).get("shards", ()))
     rows.append(client_row(page.said("client.records"), page.said("client.end_line"),
@@ -7222,15 +7483,24 @@ def client_table(page: Page, summary: Mapping, stages: Sequence[StageView], end:
 
 
 NETWORK_ROWS = (("network.connect", "connect_ms", "ms", 0.0), ("network.rtt", "rtt_ms", "ms", None),
-                ("network.queue", "queue_ms", "ms", None), ("network.retransmits", "retransmits", "", None),
+                ("network.queue", "queue_ms", "ms", None), ("network.capped", "capped_ms", "ms", 0.0),
+                ("network.retransmits", "retransmits", "", None),
                 ("network.out_of_order", "out_of_order", "", None))
+
+
+def measured_column(rows: "Rows", column: str) -> Iterable[float]:
+    """A column of the requests; of the client's queue without the wait under a cap, which has a line of its own."""
+    values, capped = rows.columns.get(column, ()), rows.columns.get("capped_ms")
+    if column != "queue_ms" or not capped:
+        return values
+    return [wait - cap if cap == cap else wait for wait, cap in zip(values, capped)]
 
 
 def network_table(page: Page, stages: Sequence[StageView]) -> Markup:
     """What the network did, over all measured requests: n, P50, P95, max."""
     rows = []
     for title, column, unit, above in NETWORK_ROWS:
-        values = sorted(value for stage in stages for value in stage.rows.columns.get(column, ())
+        values = sorted(value for stage in stages for value in measured_column(stage.rows, column)
                         if value == value and (above is None or value > above))
         if values:
             texts = [measured(value, unit) if unit else count(value)
@@ -7381,13 +7651,13 @@ def stage_block(page: Page, stages: Sequence[StageView], shown: StageView,
 
 def stage_picker(page: Page, stages: Sequence[StageView], shown: StageView) -> Markup:
     """Buttons that choose the stage; those that failed a gate carry a cross."""
-    is_open = "rps" in stages[0].rows.load
+    keys = level_keys([view.name for view in stages])
     buttons = joined(page.fill(
         "pick", number=stage.number, pressed="true" if stage is shown else "false",
-        text=level(stage.rows.load),
+        text=level(stage.name, keys),
         mark=page.fill("cross") if stage.failed_gates else "") for stage in stages)
     return page.fill("picker", before=page.said("picker.before"), buttons=buttons,
-                     after=page.said("picker.rates" if is_open else "picker.streams"))
+                     after=level_words(page, "picker", keys))
 
 
 def load_section(page: Page, stages: Sequence[StageView], charts: Charts) -> Markup:
@@ -8200,7 +8470,10 @@ def align(rows: Sequence[Sequence[str]]) -> List[str]:
     ]
 
 
-TABLED_METRICS = ("ttft_ms", "ttfe_ms", "latency_ms", "tpot_ms", "itl_ms", "request_tps", "queue_ms", "connect_ms")
+TABLED_METRICS = (
+    "ttft_ms", "ttft_from_scheduled_ms", "ttfe_ms", "latency_ms", "latency_from_scheduled_ms", "tpot_ms", "itl_ms",
+    "request_tps", "queue_ms", "connect_ms",
+)  # fmt: skip
 
 
 def metric_rows(block: Mapping[str, Any], texts: Mapping[str, str]) -> List[List[str]]:
@@ -8210,8 +8483,11 @@ def metric_rows(block: Mapping[str, Any], texts: Mapping[str, str]) -> List[List
         figures = block.get(name)
         if not figures or (name == "ttfe_ms" and figures == block.get("ttft_ms")):
             continue
+        if name.endswith("_from_scheduled_ms") and not is_open(block["load"]):
+            continue
         marked = [figure(figures[key]) + ("†" if key in figures["limited"] else "") for key, _ in PERCENTILES]
-        label = "%s, %s" % (texts.get("metric." + name, METRICS[name].label), METRICS[name].unit)
+        key = "metric." + queue_metric(name, block["load"])
+        label = "%s, %s" % (texts.get(key, METRICS[name].label), METRICS[name].unit)
         rows.append(
             [label] + marked + [figure(figures["mean"]), figure(figures["max"]), "{:,}".format(figures["n"])]
         )
@@ -8229,17 +8505,71 @@ def headline_rows(block: Mapping[str, Any], texts: Mapping[str, str]) -> List[Li
     ]
     rate = "%.2f %%" % (math.floor(requests["success_rate"] * 10000) / 100) if "success_rate" in requests else "–"
     rows = [[texts["terminal.succeeded"], counts, rate, ", ".join(extra)]]
-    for key in ("rps", "output_tokens_per_s", "steady_output_tokens_per_s"):
+    for key in ("rps", "goodput_rps", "output_tokens_per_s", "steady_output_tokens_per_s"):
         if key in throughput:
-            rows.append(
-                [texts.get("metric." + key, METRICS[key].label), figure(throughput[key]), METRICS[key].unit]
-            )
+            row = [texts.get("metric." + key, METRICS[key].label), figure(throughput[key]), METRICS[key].unit]
+            share = percent_number(throughput["goodput_share"]) + " %" if key == "goodput_rps" else ""
+            rows.append([*row, share])
+    client = block.get("client", {})
+    if "achieved_rps" in client:
+        row = [texts["client.achieved"], figure(client["achieved_rps"]), METRICS["rps"].unit]
+        rows.append([*row, "%s %s" % (texts["client.requested"], figure(client["requested_rps"]))])
     if "output_tokens_per_s" not in throughput and "output_chars_per_s" in throughput:
         rows.append(
             [texts["terminal.chars"], figure(throughput["output_chars_per_s"]), texts["terminal.chars_per_s"]]
         )
     rows.append([texts["terminal.wall_time"], figure(block["wall_time_ms"] / 1000.0), "s"])
     return rows
+
+
+def gate_words(entry: Mapping[str, Any], value: Optional[float], extra: int = 0) -> str:
+    """A gate's limit or its measured value, with its unit."""
+    metric = gate_metric(entry)
+    if value is None:
+        return "–"
+    if metric in SHARES:
+        return percent_number(value, extra) + " %"
+    return "%s %s" % (figure(value, 3 + extra), METRICS[metric].unit)
+
+
+def gate_pair(entry: Mapping[str, Any]) -> Tuple[str, str]:
+    """Measured value and limit, with as many digits as it takes to tell them apart."""
+    limit, value = entry["limit"], entry.get("value")
+    for extra in range(5):
+        shown = gate_words(entry, value, extra), gate_words(entry, limit, extra)
+        if shown[0] != shown[1] or value == limit:
+            break
+    return shown
+
+
+def gate_cells(
+    block: Mapping[str, Any], entry: Mapping[str, Any], texts: Mapping[str, str], judged: bool
+) -> List[str]:
+    """One gate of the table: result, name, measured, required, n; † marks a percentile of limited meaning."""
+    metric, stat = gate_metric(entry), entry["stat"]
+    limited = stat in ((block.get(metric) or {}).get("limited") or ())
+    value, limit = gate_pair(entry)
+    name = texts.get("metric." + metric, METRICS[metric].label) + (" " + stat.upper() if stat else "")
+    result = texts["terminal.gate.passed" if entry["passed"] else "terminal.gate.failed"] if judged else "–"
+    return [result, name, value + ("†" if limited else ""), "%s %s" % (entry["op"], limit), "{:,}".format(entry["n"])]
+
+
+def gate_lines(
+    block: Mapping[str, Any], texts: Mapping[str, str], paint: Callable[[str, str], str], judged: bool
+) -> List[str]:
+    """The gates of a stage as a table; nothing where none is set."""
+    entries = block.get("slo", ())
+    if not entries:
+        return []
+    head = ["", "", texts["terminal.gate.measured"], texts["terminal.gate.required"], "n"]
+    rows = [head] + [gate_cells(block, entry, texts, judged) for entry in entries]
+    widths = [max(text_width(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(padded(cell, width, column > 1) for column, (cell, width) in enumerate(zip(row, widths)))
+             for row in rows]  # fmt: skip
+    colours = ["dim"] + ["green" if entry["passed"] else "red" for entry in entries]
+    title = texts["terminal.gates" if judged else "terminal.gates.not_judged"]
+    shown = [paint(colour, line) if judged or colour == "dim" else line for colour, line in zip(colours, lines)]
+    return ["", "  " + title, *("  " + line.rstrip() for line in shown)]
 
 
 VERDICT_COLOURS = {"VALID": "green", "CAUTION": "yellow", "INVALID": "red"}
@@ -8268,29 +8598,49 @@ def wrapped(text: str, width: int, indent: str) -> List[str]:
     return [*lines, line.rstrip()]
 
 
+def stage_title(
+    load: Mapping[str, float], name: Mapping[str, float], config: Mapping[str, Any], texts: Mapping[str, str]
+) -> str:
+    """A stage's load: 8 streams; Open loop, 4 req/s Poisson, at most 16 in flight; a repeat says so."""
+    if is_open(load):
+        arrival = arrival_words(texts, config, load)
+        title = texts["load.open"].format(rate=level_number({**load, **name}, "rps"), arrival=arrival)
+    else:
+        streams = load.get("concurrency", 1)
+        title = texts["terminal.load_one" if streams == 1 else "terminal.load"].format(streams=streams)
+    for key, word in (("cap", "load.cap"), ("input_tokens", "load.input"), ("again", "load.again")):
+        if key in load or key in name:
+            title = texts[word].format(load=title, n=level_number({**load, **name}, key))
+    return title
+
+
+def stage_lines(stage: Mapping[str, Any], texts: Mapping[str, str], paint: Callable[[str, str], str]) -> List[str]:
+    """Requests, rates and distributions of one stage."""
+    lines = []
+    for row in headline_rows(stage, texts):
+        cells = "  ".join(cell for cell in row[2:] if cell)
+        lines.append("  " + padded(row[0], 22, False) + " " + padded(row[1], 12, True) + "  " + cells)
+    rows = metric_rows(stage, texts)
+    if len(rows) > 1:
+        table = align(rows)
+        lines += [""] + ["  " + paint("dim", table[0])] + ["  " + line for line in table[1:]]
+    return lines
+
+
 def summary_lines(summary: Mapping[str, Any], texts: Mapping[str, str], paint: Callable[[str, str], str]) -> List[str]:
     """The summary as lines for a terminal."""
     lines = [paint("bold", printable("%s  %s" % (summary.get("model", ""), summary.get("url", ""))))]
     if "merged" in summary:
         lines += wrapped(printable(texts["from.merged"].format(**merged_values(summary["merged"]))), 98, "")
     lines += [""] + verdict_lines(summary["verdict"], texts, paint)
-    for stage in summary["stages"]:
-        streams = stage["load"].get("concurrency", 1)
-        load = texts["terminal.load_one" if streams == 1 else "terminal.load"].format(streams=streams)
-        lines += ["", paint("bold", load)]
-        for row in headline_rows(stage, texts):
-            lines.append(
-                "  "
-                + padded(row[0], 22, False)
-                + " "
-                + padded(row[1], 12, True)
-                + "  "
-                + "  ".join(cell for cell in row[2:] if cell)
-            )
-        rows = metric_rows(stage, texts)
-        if len(rows) > 1:
-            table = align(rows)
-            lines += [""] + ["  " + paint("dim", table[0])] + ["  " + line for line in table[1:]]
+    names = load_names([stage["load"] for stage in summary["stages"]])
+    judged = summary["verdict"]["state"] != "INVALID"
+    for stage, name in zip(summary["stages"], names):
+        lines += ["", paint("bold", stage_title(stage["load"], name, summary.get("config", {}), texts))]
+        lines += stage_lines(stage, texts, paint)
+        lines += gate_lines(stage, texts, paint, judged)
+    if any(is_open(stage["load"]) and stage["requests"]["success"] for stage in summary["stages"]):
+        lines += [""] + wrapped(texts["open.quote"], 98, "  ")
     lines += summary_notes(summary, texts, paint)
     return lines
 

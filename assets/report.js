@@ -40,8 +40,10 @@
     return grouped(value, size ? Math.max(0, Math.min(3, 2 - Math.floor(Math.log10(size)))) : 0);
   }
   function tick(value) { return Number(value.toPrecision(10)).toLocaleString('en-US', {maximumFractionDigits: 10}); }
-  function minutes(seconds) {
-    return Math.floor(seconds / 60) + ':' + String(Math.round(seconds % 60)).padStart(2, '0');
+  function minutes(seconds) {  // m:ss, from an hour on h:mm:ss
+    const whole = Math.round(seconds), two = function (number) { return String(number).padStart(2, '0'); };
+    const rest = two(whole % 60), all = Math.floor(whole / 60);
+    return all < 60 ? all + ':' + rest : Math.floor(all / 60) + ':' + two(all % 60) + ':' + rest;
   }
   function width(text) {
     return Array.from(text).reduce(function (sum, sign) { return sum + (sign > '\u2e80' ? 12 : 7); }, 0);
@@ -204,13 +206,14 @@
       }};
     const names = {type: 'custom', silent: true, z: 6, clip: false, tooltip: {show: false}, encode: {x: 0, y: 1},
       data: series.map(function (one, index) {
-        const share = one.dashed ? 0.3 : 0.72;
+        const share = one.dashed ? (index % 2 ? 0.18 : 0.38) : 0.72;  // two that lie on one another keep their names
         const at = one.points.find(function (point) { return point[1] >= share; }) || one.points[one.points.length - 1];
         return [Math.log10(at[0]), at[1], index];
       }),
       renderItem: function (params, api) {
         const at = api.coord([api.value(0), api.value(1)]), one = series[api.value(2)];
-        const after = one.dashed || at[0] - params.coordSys.x < width(say(one.name)) + 12;
+        const room = width(say(one.name)) + 12, plot = params.coordSys;
+        const after = at[0] - plot.x < room || (one.dashed && plot.x + plot.width - at[0] > room);
         return {type: 'text', style: {text: say(one.name), x: at[0] + (after ? 9 : -9), y: at[1],
           align: after ? 'left' : 'right', verticalAlign: 'middle', fill: colour(one.colour), fontWeight: 600, fontSize: 12, fontFamily: FONT,
           stroke: colour('paper'), lineWidth: 3}};
@@ -360,14 +363,19 @@
   }
 
   function loadOption(spec, look) {
-    const logs = spec.loads.map(function (load) { return Math.log2(load); });
+    const logs = spec.loads.map(function (load, index) { return spec.names ? index : Math.log2(load); });
     const values = [].concat.apply([], spec.series.map(function (one) { return one.values; }));
     const limits = spec.limits || [];
     const highest = Math.max.apply(null, values.concat(limits.map(function (limit) { return limit.value; })));
     const left = leftOf(highest), named = spec.series.some(function (one) { return one.name; });
-    const low = logs[0], high = logs[logs.length - 1];
-    const label = function (value) { return tick(Number(Math.pow(2, value).toPrecision(4))); };
-    const x = xAxis(low, high, logs, label, say(spec.x));
+    const only = logs[0] === logs[logs.length - 1] ? 0.5 : 0;  // all at one load: it stands in the middle
+    const low = logs[0] - only, high = logs[logs.length - 1] + only;
+    const label = function (value) {
+      const index = logs.findIndex(function (log) { return Math.abs(log - value) < 1e-9; });
+      return index < 0 ? '' : spec.names ? spec.names[index] : tick(spec.loads[index]);
+    };
+    const places = logs.filter(function (log, index) { return index === 0 || log > logs[index - 1]; });  // a repeat: one tick
+    const x = xAxis(low, high, spec.names ? places : apart(places, look.width - left - 60, low, high), label, say(spec.x));
     const y = yAxis(highest, say(spec.y), left);
     const series = spec.series.map(function (one) {
       return {type: 'line', name: one.name, symbol: 'circle', symbolSize: 6, clip: false, z: 3,
@@ -391,6 +399,13 @@
         return lines([label(hit.value[0]) + ' · ' + say(spec.x), (hit.seriesName[0] === 'P' ? hit.seriesName + ' ' : '') +
           figure(hit.value[1]) + ' ' + say(spec.y)]);
       })});
+  }
+  function apart(places, room, low, high) {  // ticks that don't run into each other: those at least 30 px after the last
+    const kept = [];
+    places.forEach(function (place) {
+      if (!kept.length || (place - kept[kept.length - 1]) / (high - low || 1) * room >= 30) kept.push(place);
+    });
+    return kept;
   }
   function limitLines(limits, low) {
     return {type: 'custom', name: 'limits', silent: true, z: 4, tooltip: {show: false}, encode: {x: 0, y: 1},
@@ -473,7 +488,7 @@
     load: function (spec) {
       return [[word('column.load')].concat(spec.series.map(function (one) { return (one.name ? one.name + ', ' : '') + say(spec.y); }))]
         .concat(spec.loads.map(function (load, index) {
-          return [load].concat(spec.series.map(function (one) { return one.values[index]; }));
+          return [spec.names ? spec.names[index] : load].concat(spec.series.map(function (one) { return one.values[index]; }));
         }));
     },
     tradeoff: function (spec) {

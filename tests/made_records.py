@@ -87,3 +87,55 @@ def write_lines(directory, lines):
     directory.mkdir(exist_ok=True)
     (directory / "results.jsonl").write_bytes(b"".join(llmbench.encode_line(line) for line in lines))
     return directory
+
+
+def loaded_stage(index=0, load=None, n=200, seed=1, slow=1.0, zero=0.0, **more):
+    """The lines of a stage that runs at its load: plan, requests, audit. Open loops are Poisson; a cap makes them wait.
+
+    `slow` stretches the times; `more` goes into every record.
+    """
+    load = load or {"rps": 4.0}
+    draw, moment = random.Random(seed * 1000 + index), zero
+    slots = [zero] * int(load.get("cap", load.get("concurrency", n)))
+    lines = [{"stage": {"index": index, "load": load, "total": n, "warmup": 0}}]
+    for number in range(n):
+        slot = min(range(len(slots)), key=slots.__getitem__)
+        if "rps" in load:
+            moment += draw.expovariate(load["rps"]) * 1000.0
+        else:
+            moment = slots[slot]
+        capped = max(0.0, slots[slot] - moment)
+        begin = moment + capped + 0.05
+        wait = slow * (80 + draw.lognormvariate(4.5, 0.5) + 0.02 * load.get("input_tokens", 0))
+        tokens = min(256, max(8, int(draw.lognormvariate(4.4, 0.5))))
+        step = slow * draw.gauss(15.6, 1.0)
+        first = begin + wait
+        end = first + step * (tokens - 1)
+        slots[slot] = end
+        made = record(begin, first, end, tokens, stage=index, scheduled_ms=moment, queue_ms=begin - moment,
+                      request_id="cafe0001-%d-%d" % (index, number), tpot_ms=step, finish_reason="stop", rtt_ms=1.8,
+                      ttfb_ms=wait / 2,
+                      ttft_from_scheduled_ms=first - moment, latency_from_scheduled_ms=end - moment,
+                      in_tokens=load.get("input_tokens", 512) + draw.randrange(-3, 4),
+                      capped_ms=capped if capped and "rps" in load else None)  # fmt: skip
+        lines.append({**with_gaps(made, [step] * (tokens - 1)), **more})
+    wall = max(line["start_ms"] + line.get("latency_ms", 0.0) for line in lines[1:]) - zero
+    lines.append({"audit": {"stage": index, "part": 0, "wall_ms": wall, "cpu_percent": 4.0, "started": n, "due": n,
+                            "lag_hist": {str(llmbench.log_bucket(0.00003)): 20 * n}}})  # fmt: skip
+    return lines
+
+
+def loaded_run(*stages, reason="done", **config):
+    """A whole file of such stages, and its end line."""
+    opened = {"arrival": "poisson", "concurrency": [], "output_tokens": None, **config}
+    settings = {key: value for key, value in opened.items() if value is not None}
+    return [header(**settings), *(line for stage in stages for line in stage), {"end": {"reason": reason}}]
+
+
+def reported(lines, language="en"):
+    """What render_report is called with for these lines."""
+    collector = llmbench.Collector()
+    for line in lines:
+        collector.add(json.loads(json.dumps(line)))
+    header_line = {**collector.header, "config": {**collector.header["config"], "lang": language}}
+    return llmbench.summarize(collector), header_line, collector.rows(), collector.end

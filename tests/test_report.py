@@ -18,6 +18,7 @@ from html.parser import HTMLParser
 
 import pytest
 import report_data
+from made_records import loaded_run, loaded_stage, reported
 
 import llmbench
 from conftest import ROOT
@@ -400,6 +401,130 @@ class TestTexts:
         config = dict(header["config"], lang="zh")
         page = llmbench.render_report(summary, dict(header, config=config), *rest, assets=assets())
         assert '<html lang="zh-CN" class="zh">' in page
+
+
+GATES = ("ttft.p95<=400ms", "success>=99%", "goodput>=95%")
+
+
+@functools.lru_cache(maxsize=None)
+def loaded(*loads, n=60, language="en", **config):
+    """A run of stages with these loads (as tuples of pairs), each slower than the one before: its summary and page."""
+    stages = [loaded_stage(number, dict(load), n, slow=1.0 + number / 4) for number, load in enumerate(loads)]
+    run = reported(loaded_run(*stages, slo=list(GATES), **config), language)
+    return run[0], llmbench.render_report(*run, assets=assets())
+
+
+def both_languages(page):
+    return [Page(page, hidden).text for hidden in ("zh-CN", "en")]
+
+
+class TestOpenLoop:
+    """An open loop shows its times from start and from due, side by side, and says which to quote."""
+
+    CAPPED = (("rps", 8.0), ("cap", 10))
+
+    def test_the_tiles_hold_both(self):
+        summary, page = loaded(self.CAPPED, n=300)
+        for number, metric in ((1, "ttft"), (2, "latency")):
+            tile = tile_texts(page)[number].text
+            statistic = summary[metric + "_from_scheduled_ms"]
+            divisor = 1000 if statistic["p50"] >= 2000 else 1
+            for stat in ("p50", "p95", "p99"):
+                assert says(number_after("from due " + stat.upper(), tile), statistic[stat] / divisor), tile
+        assert "from due" not in tile_texts(loaded((("concurrency", 8),))[1])[1].text
+
+    def test_one_sentence_says_which_to_quote(self):
+        for number, (language, text) in enumerate(zip(("en", "zh"), both_languages(loaded(self.CAPPED, n=300)[1]))):
+            sentence = json.loads(assets()["texts/%s.json" % language].decode())["open.quote"]
+            assert text.count(sentence) == 1, number
+        assert "quote “from due”" not in both_languages(loaded((("concurrency", 8),))[1])[0]
+
+    def test_the_load_is_said_with_arrival_and_cap(self):
+        english, chinese = both_languages(loaded(self.CAPPED, n=300)[1])
+        assert "Open loop, 8 req/s Poisson, at most 10 in flight × 300 requests" in english
+        assert "开环，8 次/秒（泊松到达），最多 10 路在途" in chinese
+
+    def test_the_wait_under_the_cap_is_a_phase_of_its_own_and_not_the_clients_queue(self):
+        page = loaded(self.CAPPED, n=300)[1]
+        chart = charts_of(page)["0-phases"]
+        names = [name[0] for name in chart["names"]]
+        assert names[0] == "wait under the cap" and "client queue" not in names
+        network = Page(page[page.index('<table class="network">'):].partition("</table>")[0] + "</table>").text
+        assert float(re.search(r"client queue 300 ([\d.]+) ms", network).group(1)) < 1
+        assert float(re.search(r"wait under the cap \d+ ([\d,.]+) ms", network).group(1).replace(",", "")) > 100
+
+    def test_the_rates_stand_in_the_audit(self):
+        summary, page = loaded(self.CAPPED, n=300)
+        text = Page(page).text
+        assert says(number_after("requested rate", text), summary["client"]["requested_rps"])
+        assert says(number_after("achieved rate", text), summary["client"]["achieved_rps"])
+        summary, page = loaded((("rps", 2.0),), (("rps", 4.0),))
+        achieved = summary["stages"][1]["client"]["achieved_rps"]
+        assert says(number_after("achieved rate, 4 req/s", Page(page).text), achieved)
+
+    def test_the_table_of_stages_holds_both_in_one_unit(self):
+        page = loaded((("rps", 2.0), ("cap", 2)), (("rps", 8.0), ("cap", 2)), n=100)[1]
+        table = page[page.index('<table class="stages">'):].partition("</table>")[0]
+        assert "TTFT, s TTFT from due, s latency, s latency from due, s" in Page("<p>" + table + "</table></p>").text
+
+    def test_the_sentence_counts_from_due_too(self):
+        english, chinese = both_languages(loaded(self.CAPPED, n=300)[1])
+        assert "From when they were due it took" in english and "自应发时刻算起为" in chinese
+
+
+class TestGoodput:
+    """Goodput and its gates."""
+
+    def test_a_share_is_shown_as_one(self):
+        summary, page = loaded((("rps", 4.0),), n=300)
+        text = Page(page).text
+        entry = summary["slo"][2]
+        assert entry["metric"] == "goodput" and entry["limit"] == 0.95
+        row = re.search(r"Goodput share ≥ ([\d.]+) % ([\d.]+) %", text)
+        assert row.group(1) == "95.0" and says(row.group(2), 100 * entry["value"])
+        assert says(number_after("goodput", tile_texts(page)[5].text), summary["throughput"]["goodput_rps"])
+
+
+LADDER = tuple((("concurrency", 8), ("input_tokens", tokens)) for tokens in (1024, 8192, 131072))
+GRID = tuple((("concurrency", streams), ("input_tokens", tokens)) for tokens in (1024, 8192) for streams in (1, 8))
+
+
+class TestLoads:
+    """Stages are told apart by what they differ in."""
+
+    def picker(self, page):
+        return [Page("<p>" + text + "</p>").text.strip() for text in re.findall(
+            r'<button type="button" data-pick="\d+"[^>]*>([^<]*)', page)]
+
+    def test_a_ladder_of_lengths_has_its_curve_over_input_tokens(self):
+        page = loaded(*LADDER)[1]
+        chart = charts_of(page)["run-load_ttft"]
+        assert chart["loads"] == [1024, 8192, 131072] and chart["x"] == ["input tokens", "输入 token"]
+        assert "names" not in chart and "linear" not in charts_of(page)["run-load_throughput"]
+        assert self.picker(page) == ["1,024", "8,192", "131,072"]
+        english, chinese = both_languages(page)
+        assert "Closed loop, 3 stages: 8 streams, 1,024 input tokens; 8 streams, 8,192 input tokens" in english
+        assert "Distribution · 8 streams, 131,072 input tokens" in english
+        assert "分布 · 8 路，输入 131,072 token" in chinese
+
+    def test_loads_and_lengths_stand_side_by_side(self):
+        page = loaded(*GRID)[1]
+        chart = charts_of(page)["run-load_ttft"]
+        assert chart["names"] == ["1 · 1,024", "1 · 8,192", "8 · 1,024", "8 · 8,192"]
+        assert len(set(self.picker(page))) == 4
+        assert "streams · input tokens" in Page(page).text
+
+    def test_a_load_that_comes_twice_is_there_twice(self):
+        page = loaded(*((("concurrency", streams),) for streams in (1, 4, 2, 2)))[1]
+        chart = charts_of(page)["run-load_ttft"]
+        assert chart["loads"] == [1, 2, 2, 4] and all(len(one["values"]) == 4 for one in chart["series"])
+        assert self.picker(page) == ["1", "4", "2", "2 (2)"]
+        assert "Distribution · 2 streams (no. 2)" in Page(page).text
+
+    def test_one_load_twice_is_no_reason_to_fail(self):
+        page = loaded((("rps", 4.0),), (("rps", 4.0),))[1]
+        assert charts_of(page)["run-load_throughput"]["loads"] == [4.0, 4.0]
+        assert "linear" not in charts_of(page)["run-load_throughput"]
 
 
 def chromium():

@@ -549,3 +549,114 @@ def test_the_share_of_goodput_is_not_rounded_to_a_limit_that_it_misses():
     lines = [record(i, i + 100, i + 1000) for i in range(99_999)] + [record(0, status="timeout")]
     share, _ = goodput("ttft.p95<=300ms", lines=lines)
     assert share == 0.99999
+
+
+# --- open loop --------------------------------------------------------------------------------------------------------
+
+
+def plan(index=0, **load):
+    """The line that says what a stage was to be."""
+    return {"stage": {"index": index, "load": load, "total": 6, "warmup": 0}}
+
+
+@pytest.mark.parametrize("order", ["before", "after", "between, twice"])
+def test_the_load_of_a_stage_is_its_plans(order):
+    line = plan(rps=4.0, cap=16)
+    lines = {"before": [line, *STREAMS], "after": [*STREAMS, line]}
+    lines["between, twice"] = [STREAMS[0], line, *STREAMS, line]
+    collector = collect(lines[order], concurrency=[])
+    assert [rows.load for rows in collector.rows()] == [{"rps": 4.0, "cap": 16}]
+    assert len(collector.rows()[0]) == len(lines[order]) - lines[order].count(line)
+
+
+def test_a_plan_without_requests_is_no_stage():
+    assert [rows.stage for rows in collect([plan(0, rps=1.0), *STREAMS, plan(1, rps=2.0)]).rows()] == [0]
+    assert [rows.load for rows in collect([plan(0, rps=1.0)]).rows()] == [{"rps": 1.0}]
+
+
+def test_files_without_plans_take_the_load_of_the_configuration():
+    assert [rows.load for rows in collect([record(), record(stage=1)], concurrency=[3, 5]).rows()] == [
+        {"concurrency": 3}, {"concurrency": 5}]  # fmt: skip
+
+
+def open_records(n=30, gap=100.0, **more):
+    """A request each `gap` ms; each writes its 9 tokens over the 900 ms that end a second after its start."""
+    return [record(gap * i, gap * i + 100, gap * i + 1000, 9, **more) for i in range(n)]
+
+
+def test_the_steady_window_of_an_open_loop_goes_from_the_first_end_to_the_last_start():
+    rows = rows_of([plan(rps=10.0), *open_records()])
+    assert llmbench.steady_window(rows) == (1000.0, 2900.0)
+    assert llmbench.steady_throughput(rows) == (pytest.approx(90.0), "")
+
+
+@pytest.mark.parametrize("records,said", [
+    (open_records(28), "only 18 requests ended in the steady window; 20 are needed"),
+    (open_records(5), "no request started after the first one had ended"), ([], "no request started"),
+    ([record(phase="warmup")], "no request started"),
+])  # fmt: skip
+def test_where_an_open_loop_has_no_steady_window_there_is_a_reason(records, said):
+    rows = collect([plan(rps=10.0), *records]).rows()[0]
+    value, reason = llmbench.steady_throughput(rows)
+    assert value is None and said in reason
+
+
+def client_of(*lines):
+    return llmbench.summarize(collect(lines, concurrency=[]))["stages"][0]["client"]
+
+
+def test_the_rate_of_the_schedule_and_of_the_starts():
+    client = client_of(plan(rps=9.0), *open_records(11))
+    assert (client["requested_rps"], client["achieved_rps"]) == (10.0, 10.0)
+    late = [record(100.0 * i + 2000.0, 100.0 * i + 2100.0, 9000.0, scheduled_ms=50.0 * i) for i in range(11)]
+    client = client_of(plan(rps=9.0), *late)
+    assert (client["requested_rps"], client["achieved_rps"]) == (20.0, round(20.0 * 450 / 2900, 4))
+
+
+def test_requests_that_were_never_sent_lower_the_achieved_rate():
+    sent = open_records(11)
+    lost = [record(100.0 * i, scheduled_ms=100.0 * i, status="dropped", start_ms=None) for i in range(11, 21)]
+    client = client_of(plan(rps=10.0), *sent, *lost)
+    assert (client["requested_rps"], client["achieved_rps"]) == (10.0, round(10.0 * 10 / 19, 4))
+
+
+def test_one_straggler_does_not_make_a_slow_loop():
+    straggler = record(9000.0, 9100.0, 9900.0, scheduled_ms=1100.0)
+    client = client_of(plan(rps=10.0), *open_records(11), straggler)
+    assert client["requested_rps"] == client["achieved_rps"] == 10.0
+
+
+@pytest.mark.parametrize("lines", [
+    [plan(concurrency=2), *STREAMS], [plan(rps=1.0), record(), record(9)],
+    [plan(rps=1.0), record(status="dropped", start_ms=None)], [plan(rps=1.0)],
+])  # fmt: skip
+def test_a_closed_loop_or_a_single_request_has_no_rates(lines):
+    assert not {"requested_rps", "achieved_rps"} & set(client_of(*lines))
+
+
+def test_the_wait_under_a_cap_is_not_the_clients_own():
+    lines = [plan(rps=1.0, cap=2), record(queue_ms=5.0), record(9, queue_ms=900.0, capped_ms=899.0)]
+    lines.append(record(status="dropped", start_ms=None, queue_ms=None))
+    assert llmbench.own_waits(rows_of(lines)) == [(0.0, 5.0), (9, 1.0)]
+
+
+@pytest.mark.parametrize("loads,names", [
+    ([{"concurrency": 1}, {"concurrency": 2}], [{"concurrency": 1}, {"concurrency": 2}]),
+    ([{"rps": 2.0, "cap": 8}, {"rps": 4.0, "cap": 8}], [{"rps": 2.0}, {"rps": 4.0}]),
+    ([{"rps": 2.0, "cap": 8}, {"rps": 2.0, "cap": 9}], [{"rps": 2.0, "cap": 8}, {"rps": 2.0, "cap": 9}]),
+    ([{"concurrency": 8, "input_tokens": 10}, {"concurrency": 8, "input_tokens": 20}],
+     [{"concurrency": 8, "input_tokens": 10}, {"concurrency": 8, "input_tokens": 20}]),
+    ([{"concurrency": 8, "input_tokens": 10}], [{"concurrency": 8}]),
+    ([{"rps": 2.0}] * 3, [{"rps": 2.0}, {"rps": 2.0, "again": 2}, {"rps": 2.0, "again": 3}]),
+    ([{"rps": 2.17, "trace": 1}], [{"rps": 2.17, "trace": 1}]),
+])  # fmt: skip
+def test_what_names_a_load_among_the_others(loads, names):
+    assert llmbench.load_names(loads) == names
+
+
+def test_an_earlier_selftest_is_quoted_at_the_most_streams_that_an_open_loop_had():
+    levels = [{"streams": streams, "first_ms": {"p99": 0.01 * streams}} for streams in (1, 10, 100)]
+    collector = collect([plan(rps=10.0), *open_records()], concurrency=[])
+    collector.header["selftest"] = {"errors": levels}
+    assert llmbench.streams_in(collector.rows()[0]) == 10
+    assert llmbench.summarize(collector)["client"]["selftest"]["streams"] == 10

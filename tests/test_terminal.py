@@ -10,13 +10,14 @@ import threading
 import time
 
 import pytest
-from made_records import collect, made_run, record
+from made_records import collect, loaded_run, loaded_stage, made_run, record
 
 import llmbench
 from conftest import ROOT
 
 ASSETS = llmbench.load_assets()
 TEXTS = {language: llmbench.load_texts(ASSETS, language) for language in ("en", "zh")}
+GATES = [llmbench.gate_example(metric) for metric in llmbench.GATE_UNITS]
 SOURCE = (ROOT / "llmbench.py").read_text(encoding="utf-8")
 BOTH = pytest.mark.parametrize("texts", list(TEXTS.values()), ids=list(TEXTS))
 
@@ -184,6 +185,81 @@ def test_missing_usage_and_the_commonest_failures_are_said():
     assert shown.count("http_error") == 5 and "and 2 other kinds of failure" in shown
 
 
+# --- gates and open loops ---------------------------------------------------------------------------------------------
+
+
+def shown(lines, language="en"):
+    """What stands on the terminal for the lines of a whole file."""
+    collector = collect(lines[1:], **lines[0]["run"]["config"])
+    return "\n".join(llmbench.summary_lines(llmbench.summarize(collector), TEXTS[language], plain))
+
+
+def test_each_gate_has_its_line():
+    gates = ["ttft.p95<=400ms", "ttft.p99<=10s", "success>=99%", "goodput>=99.5%", "itl.p50<1ms", "throughput>=1"]
+    text = shown(loaded_run(loaded_stage(n=300), slo=gates, rps=[4.0]))
+    table = text[text.index("  Gates\n") :].splitlines()[1:8]
+    assert table[0].split() == ["measured", "required", "n"]
+    found = [re.split(r"  +", line.strip()) for line in table[1:]]
+    assert [row[:2] for row in found] == [
+        ["PASS", "TTFT P95"], ["PASS", "TTFT P99"], ["PASS", "Success rate"], ["FAIL", "Goodput share"],
+        ["FAIL", "inter-chunk gap P50"], ["PASS", "Output throughput"]]  # fmt: skip
+    assert [row[3] for row in found] == [
+        "<= 400 ms", "<= 10,000 ms", ">= 99.0 %", ">= 99.50 %", "< 1.00 ms", ">= 1.00 tok/s"]  # fmt: skip
+    assert "†" in found[1][2] and "†" not in found[0][2] and found[0][4] == "300"
+    assert len({len(line) for line in table}) == 1
+
+
+def test_a_gate_that_is_missed_by_little_shows_more_digits():
+    entry = {"metric": "ttft", "stat": "p95", "op": "<=", "limit": 800.0, "value": 800.04, "gate": "ttft.p95<=800ms"}
+    assert llmbench.gate_pair(entry) == ("800.04 ms", "800.00 ms")
+    entry = {"metric": "success", "stat": "", "op": ">=", "limit": 0.999, "value": 0.99899, "gate": "success>=99.9%"}
+    assert llmbench.gate_pair(entry)[0] != llmbench.gate_pair(entry)[1]
+    assert llmbench.gate_pair({**entry, "value": None})[0] == "–"
+
+
+@BOTH
+def test_an_invalid_run_judges_no_gate(texts):
+    lines = loaded_run(loaded_stage(n=50), slo=["ttft.p95<=400ms"], rps=[4.0])
+    for line in lines:
+        if "audit" in line:
+            line["audit"].update(cpu_percent=99.0)
+    text = "\n".join(lines_of(lines[1:], texts, slo=["ttft.p95<=400ms"], concurrency=[]))
+    assert texts["terminal.gates.not_judged"] in text
+    assert texts["terminal.gate.passed"] not in text.replace(texts["terminal.gates.not_judged"], "")
+
+
+@pytest.mark.parametrize("load,config,title", [
+    ({"rps": 4.0}, {}, "Open loop, 4 req/s Poisson"),
+    ({"rps": 4.25, "cap": 16}, {"arrival": "constant"}, "Open loop, 4.25 req/s evenly spaced, at most 16 in flight"),
+    ({"rps": 4.0}, {"arrival": "gamma:0.5"}, "Open loop, 4 req/s gamma of shape 0.5"),
+    ({"rps": 3.98765, "trace": 1}, {}, "Open loop, 3.99 req/s on average, at the trace's own times"),
+    ({"concurrency": 8, "input_tokens": 131072}, {}, "8 streams, 131,072 input tokens"),
+])  # fmt: skip
+def test_the_load_of_a_stage_in_words(load, config, title):
+    assert "\n%s\n" % title in shown(loaded_run(loaded_stage(load=load, n=30), **config))
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_in_an_open_loop_times_stand_from_start_and_from_due_and_one_sentence_says_which_to_quote(language):
+    texts = TEXTS[language]
+    text = shown(loaded_run(loaded_stage(load={"rps": 8.0, "cap": 10}, n=200), rps=[8.0]), language)
+    for name in ("ttft_ms", "ttft_from_scheduled_ms", "latency_ms", "latency_from_scheduled_ms"):
+        assert "  " + texts["metric." + name] + ", ms" in text
+    folded = re.sub(r"\s+", "", text)
+    assert folded.count(re.sub(r"\s+", "", texts["open.quote"])) == 1
+    assert texts["metric.queue_ms.capped"] in text and texts["client.achieved"] in text
+    closed = shown(loaded_run(loaded_stage(load={"concurrency": 10}, n=50)), language)
+    assert texts["metric.ttft_from_scheduled_ms"] not in closed and texts["open.quote"][:20] not in closed
+
+
+@BOTH
+def test_the_tables_of_an_open_loop_fit_the_terminal(texts):
+    lines = loaded_run(loaded_stage(load={"rps": 8.0, "cap": 10}, n=200), rps=[8.0])
+    gates = ["ttft_from_scheduled.p95<=10s", "latency_from_scheduled.p99<=100s"]
+    made = lines_of(lines[1:], texts, slo=gates, concurrency=[])
+    assert max(llmbench.text_width(line) for line in made if "://" not in line) <= 100
+
+
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +406,10 @@ def keys_used():
         key for line in re.findall(r"texts\[(.*?)\]", code) for key in re.findall(r'"(terminal\.[a-z_.]*[a-z_])"', line)
     }
     keys |= {"terminal." + status for status in ("failure", "cancelled", "dropped")}
-    shown = (*llmbench.TABLED_METRICS, "rps", "output_tokens_per_s", "steady_output_tokens_per_s")
+    keys.add("metric.queue_ms.capped")
+    keys |= {"load." + word for word in ("cap", "input", "again", "of")} | {"rate", "streams", "streams.one"}
+    keys |= {"arrival." + kind for kind in ("poisson", "constant", "gamma", "trace")}
+    shown = (*llmbench.TABLED_METRICS, *(gate.figure for gate in map(llmbench.parse_gate, GATES)), "rps", "goodput_rps")
     return sorted(keys | {"metric." + name for name in shown})
 
 

@@ -166,5 +166,83 @@ def test_each_reason_in_the_code_has_its_text_and_each_text_its_reason():
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Reason"]
     named = {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}
     named |= {"lag_ms", "ttft_slack_ms", "compressed", "not_streamed", "buffered", "no_finish", "repeated"}
+    named |= {"rate_cap", "rate_client", "rate_connect", "rate_dropped"}
     for texts in TEXTS.values():
         assert {key[len("reason.") :] for key in texts if key.startswith("reason.")} - {"stage"} == named
+
+
+# --- open loop --------------------------------------------------------------------------------------------------------
+
+OPEN = {"stage": {"index": 0, "load": {"rps": 100.0, "cap": 8}, "total": 1000}}
+
+
+def late_by(wait, share=1.0, **more):
+    """A thousand good answers due every 10 ms; the first `share` of them went out `wait(number)` ms late."""
+    lines = []
+    for number in range(1000):
+        late = wait(number) if number < share * 1000 else 0.0
+        changes = {key: value(late) if callable(value) else value for key, value in more.items()} if late else {}
+        start = number * 10.0 + late
+        lines.append(good(number, scheduled_ms=number * 10.0, start_ms=start, **changes))
+    return [OPEN, *lines, audit(), DONE]
+
+
+def test_an_open_loop_that_kept_its_schedule_is_valid():
+    assert verdict([OPEN, *plenty(), audit(), DONE], concurrency=[]) == ("VALID", [])
+
+
+def test_a_wait_under_the_cap_is_the_caps_and_not_the_clients():
+    lines = late_by(lambda _: 50.0, 0.03, queue_ms=lambda late: late, capped_ms=lambda late: late)
+    assert verdict(lines, concurrency=[8]) == ("CAUTION", ["cap"])
+    (reason,) = llmbench.summarize(collect(lines, concurrency=[8]))["verdict"]["reasons"]
+    assert reason["values"] == {"share": 3.0, "longest": 50.0, "n": 30, "cap": 8}
+
+
+def test_the_clients_own_part_of_a_wait_is_judged():
+    lines = late_by(lambda _: 50.0, 0.03, queue_ms=lambda late: late, capped_ms=lambda late: late - 30.0)
+    assert verdict(lines, concurrency=[8]) == ("INVALID", ["late", "cap"])
+
+
+@pytest.mark.parametrize(
+    "more,keys",
+    [
+        ({"queue_ms": lambda late: late, "capped_ms": lambda late: late}, ["cap", "rate_cap"]),
+        ({"queue_ms": lambda late: late}, ["late", "rate_client"]),
+        ({"queue_ms": 0.0, "connect_ms": lambda late: late}, ["rate_connect"]),
+    ],
+)
+def test_a_rate_that_was_not_reached_says_why(more, keys):
+    lines = late_by(lambda number: number * 0.5, **more)
+    assert verdict(lines, concurrency=[])[1] == keys
+    reasons = llmbench.summarize(collect(lines, concurrency=[]))["verdict"]["reasons"]
+    values = reasons[-1]["values"]
+    assert values["requested"] == 100.0 and 4.5 < values["missing"] < 5.0
+
+
+def test_a_rate_that_was_missed_through_dropped_requests_says_so():
+    lost = [record(5.0, status="dropped", start_ms=None, scheduled_ms=10.0 * number + 5.0) for number in range(400)]
+    assert verdict([OPEN, *plenty(), *lost, audit(), DONE], concurrency=[])[1] == ["dropped", "rate_dropped"]
+
+
+@pytest.mark.parametrize("wait", [lambda number: 0.15 * number, lambda number: 400.0 * (number >= 995)])
+def test_a_rate_within_two_percent_of_the_schedules_is_reached(wait):
+    lines = late_by(wait, queue_ms=0.0, connect_ms=1.0)
+    assert verdict(lines, concurrency=[]) == ("VALID", [])
+
+
+def test_a_few_late_requests_of_a_short_stage_are_no_missed_rate():
+    answers = [good(number, start_ms=number * 10.0 + 8.0 * (number == 29)) for number in range(30)]
+    lines = [OPEN, *answers, audit(), DONE]
+    assert "rate_client" not in verdict(lines, concurrency=[])[1]
+
+
+def test_a_reason_of_open_stages_names_their_rates():
+    lines = []
+    for stage, rate in enumerate((2.0, 4.5)):
+        lines.append({"stage": {"index": stage, "load": {"rps": rate}}})
+        lines += [good(number, stage=stage) for number in range(50)]
+    judged = llmbench.summarize(collect([*lines, audit(), DONE], concurrency=[]))["verdict"]
+    few = next(reason for reason in judged["reasons"] if reason["key"] == "few")
+    assert few["loads"] == [{"rps": 2.0}, {"rps": 4.5}] and "streams" not in few
+    assert llmbench.reason_said(TEXTS["en"], few).startswith("2 req/s, 4.5 req/s: 50 successful")
+    assert llmbench.reason_said(TEXTS["zh"], few).startswith("2 次/秒、4.5 次/秒：")
