@@ -2847,10 +2847,8 @@ def few_of(names: Sequence[str], most: int = 8) -> str:
 
 def merged_reasons(merged: Mapping[str, Any]) -> Iterator[Reason]:
     """What concerns the shards that a run was merged from."""
-    missing = merged.get("missing", ())
-    if missing:
-        n = len(missing) + len(merged["shards"])
-        yield Reason("CAUTION", "shards_missing", {"shards": few_of(missing), "n": n})
+    if merged.get("missing"):
+        yield Reason("CAUTION", "shards_missing", {"shards": few_of(merged["missing"])})
     apart = merged.get("clock", {}).get("disagree_ms", 0.0)
     if apart > CLOCK_LIMIT_MS:
         yield Reason("CAUTION", "clocks_disagree", {"ms": apart, "hosts": ", ".join(merged["clock"]["hosts"])})

@@ -346,7 +346,7 @@ def test_missing_shards_are_named(tmp_path):
     assert [shard["shard"] for shard in summary["merged"]["shards"]] == ["0/4", "3/4"]
     (notice,) = notices
     assert "missing: shard 1/4, 2/4" in notice
-    assert "Shard 1/4, 2/4 of 4 is missing" in reasons(summary)["shards_missing"]
+    assert "Missing: shard 1/4, 2/4. What" in reasons(summary)["shards_missing"]
     assert summary["verdict"]["state"] == "CAUTION"
 
 
