@@ -356,6 +356,23 @@ def test_very_many_missing_shards_are_counted(tmp_path):
     assert len(summary["merged"]["missing"]) == 99 and "8/100" not in reasons(summary)["shards_missing"]
 
 
+def test_what_a_shard_still_writes_is_left_out(tmp_path, monkeypatch):
+    """A shard that is still running grows between the two readings: the header's counts stay those of the lines."""
+    names = written(tmp_path, shards_of(run_records(n=40, stages=1)))
+    make = llmbench.make_directory
+
+    def grow_and_make(path):
+        with open(names[1] + "/results.jsonl", "ab") as file:
+            file.write(llmbench.encode_line(record(5.0, request_id="cafe0001-0-41")))
+        make(path)
+
+    monkeypatch.setattr(llmbench, "make_directory", grow_and_make)
+    llmbench.merge_shards(names, str(tmp_path / "merged"), print)
+    lines = read(tmp_path / "merged")
+    assert sum(shard["records"] for shard in lines[0]["run"]["merged"]["shards"]) == 40
+    assert len([line for line in lines if "request_id" in line]) == 40
+
+
 # --- clocks -----------------------------------------------------------------------------------------------------------
 
 
