@@ -8271,7 +8271,17 @@ def local_address(target: Endpoint) -> str:
 NOT_SHOWN = frozenset(("token", "out", "run_id", "dry_run", "load_given"))  # of the configuration
 
 
-def make_header(config: Config, endpoint: Endpoint, prompts: int, command: str, started: float) -> Dict[str, Any]:
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """What tells workloads of one name apart: a hash of all their prompts."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(vars(prompt), sort_keys=True).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def make_header(
+    config: Config, endpoint: Endpoint, prompts: Sequence[Prompt], command: str, started: float
+) -> Dict[str, Any]:
     """The first line's `run` object: what was asked for, redacted, and from where."""
     secrets = secrets_of(config, endpoint)
     shown = {
@@ -8281,7 +8291,8 @@ def make_header(config: Config, endpoint: Endpoint, prompts: int, command: str, 
     shown["header"] = [redact(mask_header(line), secrets) for line in config.header]
     shown["body"] = mask_body(config.body, secrets)
     shown["token"] = "***" if config.token else ""
-    shown["prompts"] = {"source": config.workload_file or "built-in", "count": prompts}
+    source = config.workload_file or "built-in"
+    shown["prompts"] = {"source": source, "count": len(prompts), "digest": digest_of(prompts)}
     if not config.rps:
         del shown["rps"], shown["arrival"]
     header = {
@@ -8822,7 +8833,7 @@ class MockOptions:
 
     ttft: float = mock_option(200.0, "ms from the start of service to the first output frame")
     itl: float = mock_option(50.0, "ms between output frames")
-    tokens: int = mock_option(20, "content frames; 0: as many tokens as the request's max_tokens")
+    tokens: int = mock_option(20, "content frames; 0, or a request with ignore_eos: as many tokens as its max_tokens")
     role: bool = mock_option(True, "send a role-only frame first")
     role_delay: float = mock_option(0.0, "when the role-only frame is due, in ms, at most ttft")
     reasoning: int = mock_option(0, "reasoning frames before the content")
@@ -9002,7 +9013,7 @@ def plan_answer(options: MockOptions, request: MockRequest, fault: str) -> MockP
         max_tokens = max(1, int(max_tokens or MOCK_DEFAULT_MAX_TOKENS))
     except (AttributeError, TypeError, ValueError):
         raise MockRefusal(400, "the body is not a chat request") from None
-    if not content:
+    if not content or (request.fields.get("ignore_eos") and not options.tool):
         content, content_tokens = -(-max_tokens // options.per_frame), max_tokens
     plan = MockPlan(
         options, prompt_tokens, options.reasoning * options.per_frame + content_tokens,
@@ -10190,8 +10201,9 @@ def run_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="llmbench run", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measures a streaming chat endpoint; leaves results.jsonl, results.csv, summary.json, report.html",
-        epilog="durations: 500ms, 30s, 5m, 8h, or plain seconds\nexit status: 0 done, 2 usage, 3 no request succeeded, "
-        "4 the client was the limit (INVALID), 5 results could not be written, 130/143 interrupted",
+        epilog="durations: 500ms, 30s, 5m, 8h, or plain seconds\nexit status: 0 done, 1 a gate failed, 2 usage, "
+        "3 no request succeeded, 4 the client was the limit (INVALID), 5 results could not be written, "
+        "130/143 interrupted",
     )  # fmt: skip
     for flag in RUN_FLAGS:
         spellings = ["--" + flag.name, "-" + flag.name]
@@ -10441,7 +10453,7 @@ class Session:
         failure = ""
         try:
             command = shown_command(self.words)
-            header = make_header(self.config, self.endpoint, len(self.prompts), command, started)
+            header = make_header(self.config, self.endpoint, self.prompts, command, started)
             earlier = find_selftest(header["host"])
             if earlier is not None:
                 header["selftest"] = earlier
@@ -10553,11 +10565,16 @@ class Session:
             return EXIT_WRITE
         if self.signal:
             return 128 + self.signal
-        if summary is None or not summary["requests"]["success"]:
-            return EXIT_NO_SUCCESS
-        if summary["verdict"]["state"] == "INVALID":
-            return EXIT_CLIENT
-        return EXIT_OK if all_passed(summary) else EXIT_GATE
+        return EXIT_NO_SUCCESS if summary is None else status_of(summary)
+
+
+def status_of(summary: Mapping[str, Any]) -> int:
+    """The exit status that a run's figures stand for."""
+    if not summary["requests"]["success"]:
+        return EXIT_NO_SUCCESS
+    if summary["verdict"]["state"] == "INVALID":
+        return EXIT_CLIENT
+    return EXIT_OK if all_passed(summary) else EXIT_GATE
 
 
 def print_summary(summary: Mapping[str, Any], texts: Mapping[str, str], directory: str) -> None:
@@ -10667,7 +10684,7 @@ def command_merge(words: Sequence[str]) -> int:
         sys.stderr.write("llmbench: error: %s\n" % error)
         return EXIT_WRITE
     print_summary(summary, load_texts(assets, given.lang or language_of_locale()), given.out)
-    return EXIT_OK
+    return status_of(summary)
 
 
 def command_providers(words: Sequence[str]) -> int:

@@ -324,7 +324,7 @@ def header_of(*words, url="https://user:p%40ss%2Fword@host:8443/v1?api-key=qk-77
     words = ["--url", url, "--model", "m", *words]
     config = llmbench.read_config(words)
     endpoint = llmbench.parse_url(config.url, llmbench.make_provider(config))
-    tree = llmbench.make_header(config, endpoint, 3, llmbench.shown_command(words), 0.0)
+    tree = llmbench.make_header(config, endpoint, [], llmbench.shown_command(words), 0.0)
     return llmbench.encode_line(tree).decode("utf-8"), tree
 
 
