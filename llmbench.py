@@ -3932,6 +3932,7 @@ class Exchange:
         self.error_raw = b""
         self.stream = True
         self.whole = bytearray()  # the body of an answer that is not a stream
+        self.said: Optional[List[str]] = None  # a list: the content is kept, for the next turn of a conversation
         self.read = -1
         self.read_frames = 0
         self._slack_read = -1
@@ -4055,6 +4056,8 @@ class Exchange:
 
     def _note_texts(self, texts: Sequence[bytes]) -> int:
         self.chars += self.decoder.note_texts(texts)
+        if self.said is not None:
+            self.said.append(b"".join(texts).decode("utf-8", "replace"))
         return len(texts)
 
     def _note_outputs(self, outputs: int, stamp: float) -> None:
@@ -4108,6 +4111,8 @@ class Exchange:
         length = len(frame.text)
         self.chars += length
         self.decoder.note_text(frame.text)
+        if self.said is not None and frame.kind == "content":
+            self.said.append(frame.text)
         first = self.output_at is None or (frame.kind == "content" and self.content_at is None)
         if first and arrived == self.arrived:
             self._slack_read, self.slack = self.read, 0.0
@@ -4189,6 +4194,8 @@ class Exchange:
             if frame.kind in OUTPUT_KINDS:
                 self.chars += len(frame.text)
                 self.decoder.note_text(frame.text)
+                if self.said is not None and frame.kind == "content":
+                    self.said.append(frame.text)
                 self.reasoning_chars += len(frame.text) if frame.kind == "reasoning" else 0
                 self.chunks += 1
             elif frame.kind == "usage" and frame.usage:
@@ -4610,18 +4617,38 @@ class Runner:
             due = await self._converse(stream, phase, talk, due)
 
     async def _converse(self, stream: Stream, phase: Phase, talk: Talk, due: float, capped: float = 0.0) -> float:
-        """The requests of a conversation, each when the one before it was answered; when its stream became free."""
-        job = stream.job or self._first_job(phase.stage, talk)
+        """The requests of a conversation, each when the one before it was answered; when its stream became free.
+
+        A turn carries what the endpoint answered to those before it. One that fails ends the conversation.
+        """
+        job: Optional[Job] = stream.job or self._first_job(phase.stage, talk)
         stream.job = None
-        self.progress.in_flight += 1
-        record, attempt = await self._perform(stream, phase, job, due)
-        self.progress.in_flight -= 1
-        if capped > 0.0:
-            record.capped_ms = milliseconds(capped)
-        self._hand_over(record, attempt, due)
-        if attempt is None and not self.stopping:
-            await self._pause(BACK_OFF)
-        return clock() if attempt is None else attempt.freed
+        freed = due
+        for turn in range(1, talk.turns + 1):
+            self.progress.in_flight += 1
+            record, attempt = await self._perform(stream, phase, job, freed)  # type: ignore[arg-type]
+            self.progress.in_flight -= 1
+            if turn > 1:
+                record.turn = turn
+            elif capped > 0.0:
+                record.capped_ms = milliseconds(capped)
+            self._hand_over(record, attempt, freed)
+            if attempt is None:
+                if not self.stopping:
+                    await self._pause(BACK_OFF)
+                return clock()
+            freed = attempt.freed
+            if turn == talk.turns or attempt.exchange.status != "ok" or not self._may_start(phase, freed):
+                break
+            job = self._next_job(phase.stage, job, talk.first + turn, attempt.exchange)  # type: ignore[arg-type]
+            if job is None:
+                break
+        return freed
+
+    def _next_job(self, stage: Stage, job: Job, index: int, exchange: Exchange) -> Optional[Job]:
+        """The request of a conversation's next turn."""
+        sent = next_turn(job.sent, "".join(exchange.said or ()))
+        return sent and self._make_job(sent, self._request_id(stage, index), self.provider.dialect)
 
     # The open loop.
 
@@ -4722,12 +4749,11 @@ class Runner:
         """Records what waits in the queue as dropped."""
         while self._backlog:
             due = self._backlog.popleft()
-            for number in range(due.talk.turns):
-                request_id = self._request_id(phase.stage, due.talk.first + number)
-                record = self._new_record(request_id, self._prompt_of(due.talk), phase.name, phase.stage)
-                record.status, record.err = "dropped", "due, but never sent: " + why
-                record.scheduled_ms = milliseconds(due.moment - self.zero)
-                self._finish_record(record)
+            request_id = self._request_id(phase.stage, due.talk.first)
+            record = self._new_record(request_id, self._prompt_of(due.talk), phase.name, phase.stage)
+            record.status, record.err = "dropped", "due, but never sent: " + why
+            record.scheduled_ms = milliseconds(due.moment - self.zero)
+            self._finish_record(record)
         self.progress.waiting = 0
 
     def _hand_over(self, record: Record, attempt: Optional[Attempt], due: float) -> None:
@@ -4863,6 +4889,8 @@ class Runner:
         done = asyncio.get_event_loop().create_future()
         exchange = Exchange(self.provider, self.lags, lambda: done.done() or done.set_result(clock()))
         stream.exchange = exchange
+        if job.sent.turns:
+            exchange.said = []
         exchange.start = connection.send(job.payload, exchange)
         watch = Watch(exchange)
         try:
