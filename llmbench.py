@@ -438,7 +438,7 @@ class Config:
     shard: Optional[str] = None
     start_at: Optional[str] = None  # ISO 8601 UTC
     dry_run: bool = False
-    load_given: bool = False  # the user named a load, which a trace does not replace
+    given: Tuple[str, ...] = ()  # which of these the user named, so that a workload does not decide them
     progress: str = "auto"
     lang: str = "en"
     run_id: str = ""
@@ -8296,7 +8296,7 @@ def local_address(target: Endpoint) -> str:
         return ""
 
 
-NOT_SHOWN = frozenset(("token", "out", "run_id", "dry_run", "load_given"))  # of the configuration
+NOT_SHOWN = frozenset(("token", "out", "run_id", "dry_run", "given"))  # of the configuration
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
@@ -10260,7 +10260,7 @@ def read_config(words: Sequence[str]) -> Config:
         given["unique"] = False
     check_load(given)
     config = Config(**given)
-    config.load_given = any(given.get(name) for name in ("concurrency", "rps", "find_max"))
+    config.given = tuple(name for name, value in given.items() if value not in (None, []))
     if config.find_max == "rps" and not config.rps:
         config.rps = [1.0]
     if config.rps and "concurrency" not in given:
@@ -10328,7 +10328,7 @@ def check_shard(config: Config) -> None:
 
 def shared_run_id(config: Config) -> str:
     """The run id that hosts agree on without talking: a hash of what they have in common."""
-    own = ("shard", "out", "token", "processes", "run_id", "progress", "lang")
+    own = ("shard", "out", "token", "processes", "run_id", "progress", "lang", "given")
     common = {key: value for key, value in vars(config).items() if key not in own}
     return hashlib.sha256(json.dumps(common, sort_keys=True).encode("utf-8")).hexdigest()[:8]
 
@@ -10651,13 +10651,14 @@ def follow_trace(config: Config, workload: Workload) -> None:
         if config.arrival == "trace":
             raise UserError("--arrival trace needs a --workload-file that is a trace, with timestamps")
         return
-    if config.load_given and config.arrival != "trace":
+    load_given = not {"concurrency", "rps", "find_max"}.isdisjoint(config.given)
+    if load_given and config.arrival != "trace":
         return  # the lengths are the trace's, the load is not
     refused = {"warmup": config.warmup, "ramp": config.ramp, "order": config.order != "in-order"}
     for flag, value in refused.items():
         if value:
             raise UserError("--%s does not go with a trace's own times; give a load with --rps or --concurrency" % flag)
-    if not config.load_given:
+    if not load_given:
         config.concurrency = []
     config.arrival = "trace"
     config.rps = [trace_rate([prompt.at or 0.0 for prompt in workload.prompts], config.trace_speed)]
