@@ -1245,11 +1245,15 @@ class Endpoint(NamedTuple):
         return "%s://%s%s" % (self.scheme, self.authority, self.target)
 
 
+# What makes a server go on to exactly so many tokens, as vLLM, SGLang and llama.cpp take it.
+EXACT_FIELDS: Dict[str, Callable[[int], Any]] = {"ignore_eos": lambda _: True, "min_tokens": lambda tokens: tokens}
+
+
 class Dialect:
     """The fields that we add on our own and that this endpoint takes; `version` grows when one is given up.
 
     An endpoint that answers 400 to such a field is asked once without it; see `Runner`. exact: the fields that ask
-    for an answer of just so many tokens, sent where a run wants that.
+    for an answer of just so many tokens, once a run has wanted that.
     """
 
     def __init__(self, max_tokens_field: Optional[str] = None) -> None:
@@ -1294,6 +1298,13 @@ class Dialect:
             return None
         other.version += 1
         return other
+
+    def exact_fields(self) -> Tuple[str, ...]:
+        """The fields that ask for an exact length and that are not given up; from now on they are among ours."""
+        if "exact" not in self._tried:
+            self._tried.add("exact")
+            self.exact = tuple(EXACT_FIELDS)
+        return self.exact
 
     @staticmethod
     def _give_up(other: "Dialect", names: Sequence[str]) -> None:
@@ -1554,10 +1565,6 @@ def parse_json(data: bytes) -> Any:
         raise ParseError("not JSON: %r" % data[:60].decode("utf-8", "replace")) from None
 
 
-# What makes a server go on to exactly so many tokens, as vLLM, SGLang and llama.cpp take it.
-EXACT_FIELDS: Dict[str, Callable[[int], Any]] = {"ignore_eos": lambda _: True, "min_tokens": lambda tokens: tokens}
-
-
 class Provider:
     """OpenAI chat completions, and what every provider has to state.
 
@@ -1573,7 +1580,6 @@ class Provider:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.dialect = Dialect(config.max_tokens_field)
-        self.dialect.exact = tuple(EXACT_FIELDS)
 
     def decoder(self) -> Decoder:
         """A fresh decoder for one request's stream."""
@@ -1612,7 +1618,7 @@ class Provider:
         wanted = self.config.output_tokens or prompt.output_tokens
         tree[dialect.max_tokens_field] = wanted or prompt.max_tokens or self.config.max_tokens
         if wanted:
-            tree.update((name, EXACT_FIELDS[name](wanted)) for name in dialect.exact)
+            tree.update((name, EXACT_FIELDS[name](wanted)) for name in dialect.exact_fields())
         return tree
 
     def models_target(self, endpoint: Endpoint) -> str:

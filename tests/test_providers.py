@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
 
+import llmbench
 from llmbench import (
     FAILED_FINISH,
     FRAME_KINDS,
@@ -1242,3 +1243,50 @@ def test_settled_as_soon_as_nothing_can_change() -> None:
             assert not tags.settled
             tags.feed(piece, 1.0)
         assert tags.settled is settled
+
+
+# Answers of an exact length.
+
+
+def asked(dialect, **given):
+    config = llmbench.Config(model="m", **given)
+    prompt = llmbench.Prompt("p", [{"role": "user", "content": "Hi"}], given.get("own"))
+    return llmbench.Provider(config).body(prompt, dialect)
+
+
+def test_an_exact_length_is_asked_for_with_the_fields_that_servers_have_for_it():
+    dialect = llmbench.Dialect()
+    assert "min_tokens" not in asked(dialect)
+    body = asked(dialect, output_tokens=64)
+    assert (body["max_tokens"], body["min_tokens"], body["ignore_eos"]) == (64, 64, True)
+
+
+@pytest.mark.parametrize("body,left", [
+    ("Unrecognized request argument supplied: ignore_eos", {"min_tokens": 64}),
+    ("min_tokens: Extra inputs are not permitted", {"ignore_eos": True}),
+    ("ignore_eos and min_tokens are not permitted", {}),
+])  # fmt: skip
+def test_a_field_for_an_exact_length_is_given_up_where_it_is_refused(body, left):
+    dialect = llmbench.Dialect()
+    asked(dialect, output_tokens=64)
+    other = dialect.without(body)
+    sent = asked(other, output_tokens=64)
+    assert {name: sent[name] for name in ("min_tokens", "ignore_eos") if name in sent} == left
+    assert other.version == 1 and "may come back shorter" in other.notes[0]
+    assert sent["stream_options"], "what was not named is kept"
+
+
+def test_a_refusal_that_names_nothing_gives_them_up_after_stream_options():
+    dialect = llmbench.Dialect()
+    asked(dialect, output_tokens=64)
+    first = dialect.without("bad request")
+    assert "stream_options" not in asked(first, output_tokens=64) and "ignore_eos" in asked(first, output_tokens=64)
+    second = first.without("bad request")
+    assert {"ignore_eos", "min_tokens"}.isdisjoint(asked(second, output_tokens=64))
+    assert second.without("bad request") is None
+
+
+def test_a_run_that_wants_no_exact_length_has_no_such_field_to_give_up():
+    dialect = llmbench.Dialect()
+    asked(dialect)
+    assert dialect.without("bad request").without("bad request") is None

@@ -409,13 +409,6 @@ def test_a_trace_in_which_all_failed_is_refused():
     assert "no prompt" in refusal(BURST.split("\n")[0] + "\n1,m,5,0,5,l\n", "t.csv")
 
 
-def test_a_trace_is_not_sent_as_empty_prompts(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_text(BURST, encoding="utf-8")
-    with pytest.raises(llmbench.UserError, match="is a trace"):
-        llmbench.command_run(["--url", "http://127.0.0.1:9", "--model", "m", "--workload-file", str(path)])
-
-
 def test_lengths_of_a_trace_among_prompts_are_refused():
     assert "line 2" in refusal('{"prompt": "a"}\n' + MOONCAKE, "t.jsonl")
 
