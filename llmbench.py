@@ -150,6 +150,12 @@ class Prompt:
     output_tokens: Optional[int] = None
     blocks: Sequence[Union[int, str]] = ()
 
+    def saying(self, messages: List[Dict[str, Any]]) -> "Prompt":
+        """This prompt with other messages (dataclasses.replace takes five times as long, for each request)."""
+        return Prompt(
+            self.id, messages, self.max_tokens, self.turns, self.at, self.input_tokens, self.output_tokens, self.blocks
+        )
+
 
 class Frame(NamedTuple):
     """What a provider makes of an event, e.g. Frame("content", " world").
@@ -1764,6 +1770,13 @@ class ThinkTags:
 # Which prompt a request takes is a function of its number (order_index), so that all parts of a run agree
 # without talking: in file order, starting again at the end; shuffled anew each time round; or drawn.
 #
+# A text of a length is built where none is given, for a trace or for a target of input tokens, without a
+# tokenizer: the endpoint says in a few probes how many tokens it counts for texts of known characters, and
+# the line through these is what all targets are converted by (Fit). That is exact enough only if the texts
+# are alike: they are sentences of common words, which nearly every tokenizer knows as one token each, whose
+# lengths follow one pattern, so that as many characters are as many words. The text is a function of the
+# seed and a name, differs from name to name from its first words on, and is the same in every part of a run.
+#
 # Unless `--no-unique` is given, the first user message of each conversation begins with a few characters
 # that no earlier one had, so that no prefix cache answers in the endpoint's stead.
 
@@ -2153,6 +2166,275 @@ def seeded_bytes(count: int, *seed: Union[int, str]) -> bytes:
     return hashlib.shake_256("/".join(map(str, seed)).encode("utf-8", "surrogatepass")).digest(count)
 
 
+# --- texts of a length ---------------------------------------------------------------------------------------------
+
+WORDS = """
+a I am an as at be by do go he if in is it me my no of on or so to up us we all and any are ask big boy but can car
+cat dad day did dog eat end far few for get got had has her him his hot how its job law let low man mom new not now
+off old one our out own put red run say sea see she sky sun the too try two use was way who why you area army away
+back bank beat blue born come data deep drop easy firm form from goal good half have help here hill hold idea iron
+item join know lack land lead life make many mark mind mine most next note over paid park pass path plan race read
+rock room root said same save seed self ship size slow sold song team text thus tiny told trip west will wine wood
+being built cause child close cover eight faith first floor forth found fresh front fruit great group horse human
+learn legal level lunch match month night north novel nurse older panel pilot plane plate print quick radio relax
+reply right rules scale scene score sense shall short skill smoke sorry sound space speak speed stone story strip
+taste their these third trade treat until upper usual which women worry wrong young youth advice appear beyond
+chance common defeat demand double driver easily effort either entire future happen higher highly income island
+jacket larger legacy little manage medium memory mental method minute mirror moment motion moving museum nearby
+origin parent planet random rather recent reform relate remote remove rescue result return rising safety salary
+screen season secret seller senior silver soccer stream strike target theory trying twenty unable varied visual
+volume wealth wonder worker yellow ability balance benefit brother century climate combine concept contain contest
+culture digital dollars edition exactly explore express fashion forever forward genuine include intense journal
+library license manager mention mystery nothing painted passage popular predict prevent primary private protect
+receive regular request service session student subject succeed suggest totally trouble uniform visitor waiting
+warning weekend whether without absolute announce anywhere consumer customer describe directly disaster distance
+distinct download dramatic exercise football grateful heritage incident internet judgment likewise maintain midnight
+moderate official operator painting peaceful petition physical planning preserve princess priority property prospect
+quantity reporter restrict revealed selected sensible separate strongly struggle tracking training withdraw yourself
+afternoon assistant attention available beautiful condition confident construct developer different direction
+emergency encourage equipment establish excellent executive existence expensive following generally important
+introduce necessary newspaper otherwise political potential professor questions reference represent scientist
+sensitive situation something sometimes statement structure substance technical therefore tradition yesterday
+background commercial conference definition department discussion efficiency experience expression generation
+historical individual industrial instrument laboratory leadership literature management membership operations
+originally particular percentage perception permission personally philosophy population previously production
+psychology publishing reasonable regulation relatively resolution settlement statistics suggestion television
+themselves throughout understand university appropriate arrangement association combination comfortable competition
+complicated consequence considering corporation demonstrate description distinction electricity engineering
+environment examination explanation immediately improvement independent information intelligent legislation
+measurement opportunity performance personality perspective photography possibility preparation progressive
+recognition recommended requirement responsible sensitivity temperature theoretical traditional transaction
+translation unfortunate
+"""
+# The letters of a sentence's words, each with the blank before it, over and over. A period is a token of one character:
+# the long last word makes up for it, so that tokens grow evenly with characters wherever a text ends.
+SENTENCE_PARTS = (4, 6, 7, 3, 5, 8, 4, 7, 6, 5)
+SHORTEST_ENDING, LONGEST_ENDING = 8, 12
+SENTENCE = sum(SENTENCE_PARTS) + 10
+SHORTEST_TEXT = SHORTEST_ENDING
+SENTENCES = 256  # of which one byte chooses one
+PROBE_TEXT_LIMIT = 40000  # characters: a few seconds of prefill at most, and the error of the slope is well below 1 %
+
+
+class TextMaker:
+    """Builds texts of a number of characters: ordinary words in sentences, a function of the seed and a name."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._words: Dict[int, List[str]] = {}
+        for word in WORDS.split():
+            self._words.setdefault(len(word), []).append(word)
+        chances = (seeded_bytes(32, seed, "sentence", number) for number in range(SENTENCES))
+        places = itertools.cycle(range(len(SENTENCE_PARTS)))
+        self._sentences = [self._sentence(SENTENCE, chance, place) + " " for chance, place in zip(chances, places)]
+
+    def text(self, name: str, chars: int, place: Optional[int] = None) -> str:
+        """A text of so many characters, SHORTEST_TEXT at least; another name's differs from its first words on.
+
+        place: where in the pattern of word lengths it begins; drawn when None, so that texts of a length average out.
+        """
+        chars = max(chars, SHORTEST_TEXT)
+        chance = seeded_bytes(65, self.seed, "text", name)
+        place = (chance[0] if place is None else place) % len(SENTENCE_PARTS)
+        rest = chars - SENTENCE - 1
+        if rest < SHORTEST_TEXT:
+            return self._sentence(chars, chance[1:], place)
+        whole = (rest - SHORTEST_TEXT) // (SENTENCE + 1)
+        middle = map(self._sentences.__getitem__, seeded_bytes(whole, self.seed, "middle", name))
+        ending = self._sentence(rest - whole * (SENTENCE + 1), chance[33:], place)
+        return self._sentence(SENTENCE, chance[1:33], place) + " " + "".join(middle) + ending
+
+    def _sentence(self, length: int, chance: bytes, place: int) -> str:
+        rows = map(self._words.__getitem__, sentence_parts(length, place))
+        return " ".join([row[byte * len(row) >> 8] for row, byte in zip(rows, chance)]).capitalize() + "."
+
+
+@functools.lru_cache(maxsize=2 * SENTENCE * len(SENTENCE_PARTS))  # all that there are
+def sentence_parts(length: int, place: int) -> Tuple[int, ...]:
+    """The letters of the words of a sentence of so many characters, its pattern begun at a place.
+
+    >>> sentence_parts(30, 0)
+    (3, 5, 6, 2, 9)
+    """
+    parts = []
+    while length > LONGEST_ENDING:
+        parts.append(min(SENTENCE_PARTS[(place + len(parts)) % len(SENTENCE_PARTS)], length - SHORTEST_ENDING))
+        length -= parts[-1]
+    return tuple(part - 1 for part in [*parts, length])
+
+
+class Fit(NamedTuple):
+    """How many tokens an endpoint counts for one of our texts: `base`, its template's own, and `slope` a character."""
+
+    base: float
+    slope: float
+
+    def tokens_for(self, chars: int) -> float:
+        """The tokens that a request with a text of so many characters has."""
+        return self.base + self.slope * chars
+
+    def chars_for(self, tokens: float) -> int:
+        """The characters of the text with which a request has so many tokens; SHORTEST_TEXT where none is so short.
+
+        >>> Fit(20.0, 0.2).chars_for(1020)
+        5000
+        """
+        return max(SHORTEST_TEXT, round((tokens - self.base) / self.slope))
+
+    @property
+    def least(self) -> int:
+        """The smallest number of input tokens that a request can have."""
+        return math.ceil(self.tokens_for(SHORTEST_TEXT))
+
+
+def probe_prompts(maker: TextMaker, least: int, most: int, system: bool = False) -> List[Tuple[int, Prompt]]:
+    """Prompts whose input tokens tell the Fit for targets from `least` to `most`, each with its texts' characters.
+
+    They are to be sent the way the run's own are: with a unique prefix or without; `system`: with a system message.
+    A token more or less is 6 % of a target of 16: for short targets each place of the pattern has its probe.
+    """
+    low = min(max(64, least), PROBE_TEXT_LIMIT // 5)
+    high = min(max(2000, 4 * most), PROBE_TEXT_LIMIT)
+    sizes = [low] * (len(SENTENCE_PARTS) if least < 200 else 3) + [high] * 2
+    prompts = []
+    for number, size in enumerate(sizes):
+        name = "probe-%d" % number
+        texts = [("user", maker.text(name, size, number))]
+        if system:
+            texts.insert(0, ("system", maker.text("probe system", 64)))
+        messages = [{"role": role, "content": text} for role, text in texts]
+        prompts.append((sum(len(text) for _, text in texts), Prompt(name, messages, 1)))
+    return prompts
+
+
+def fit_lengths(pairs: Sequence[Tuple[int, int]]) -> Fit:
+    """The line through pairs of characters and reported input tokens; ValueError when there is none.
+
+    Weighted least squares: the tokens of a text scatter with the root of its length, so that a pair weighs 1 / length.
+    """
+    if len({chars for chars, _ in pairs}) < 2:
+        raise ValueError("input tokens of at least two texts of different lengths are needed")
+    weights = [1.0 / chars for chars, _ in pairs]
+    total = sum(weights)
+    mean_chars = sum(weight * chars for weight, (chars, _) in zip(weights, pairs)) / total
+    mean_tokens = sum(weight * tokens for weight, (_, tokens) in zip(weights, pairs)) / total
+    spread = sum(weight * (chars - mean_chars) ** 2 for weight, (chars, _) in zip(weights, pairs))
+    joint = sum(w * (chars - mean_chars) * (tokens - mean_tokens) for w, (chars, tokens) in zip(weights, pairs))
+    fit = Fit(mean_tokens - joint / spread * mean_chars, joint / spread)
+    off = [abs(tokens - fit.tokens_for(chars)) > 4.0 + 0.1 * tokens for chars, tokens in pairs]
+    if fit.slope <= 0.0 or any(off):
+        counts = ", ".join("%d for %d characters" % (tokens, chars) for chars, tokens in sorted(pairs))
+        raise ValueError("the endpoint's input tokens do not grow evenly with the text: " + counts)
+    return fit
+
+
+class Lengths(NamedTuple):
+    """Target lengths in tokens: fixed ones, of which each makes a stage, or a distribution.
+
+    kind: fixed, normal (values: mean and standard deviation) or uniform (values: lowest and highest).
+    """
+
+    kind: str
+    values: Tuple[int, ...]
+
+    @property
+    def stages(self) -> List[int]:
+        """The length that each stage stands for: the fixed ones, or a distribution's mean.
+
+        >>> parse_lengths("512,2048").stages, parse_lengths("uniform:100,900").stages
+        ([512, 2048], [500])
+        """
+        if self.kind == "fixed":
+            return list(self.values)
+        return [sum(self.values) // 2 if self.kind == "uniform" else self.values[0]]
+
+    @property
+    def bounds(self) -> Tuple[int, int]:
+        """The least and the most that is to be expected: three standard deviations of a normal one."""
+        if self.kind == "normal":
+            return max(1, self.values[0] - 3 * self.values[1]), self.values[0] + 3 * self.values[1]
+        return min(self.values), max(self.values)
+
+    def draw(self, seed: int, stage: int, index: int) -> int:
+        """The length of a request, at least 1, by its number in its stage; fixed ones are taken by stage, in turn."""
+        if self.kind == "fixed":
+            return self.values[stage % len(self.values)]
+        first, second = seeded_numbers(2, seed, "length", stage, index)
+        low, high = self.values
+        if self.kind == "uniform":
+            return low + first % (high - low + 1)
+        radius = math.sqrt(-2.0 * math.log((first + 1) / 2.0**64))  # Box and Muller: two even numbers, one normal one
+        return max(1, round(low + high * radius * math.cos(2.0 * math.pi * second / 2.0**64)))
+
+
+def parse_lengths(text: str) -> Lengths:
+    """`1024`, a list `512,2048,8192`, `normal:MEAN,SD` or `uniform:LOW,HIGH`; raises ValueError."""
+    kind, colon, values = text.rpartition(":")
+    kind = kind.strip() if colon else "fixed"
+    numbers = [value.strip() for value in values.split(",")]
+    if kind not in ("fixed", "normal", "uniform") or not all(re.match(r"[0-9]{1,9}$", number) for number in numbers):
+        raise ValueError("needs tokens such as 1024, a list 512,2048, normal:1024,200 or uniform:100,900")
+    lengths = Lengths(kind, tuple(int(number) for number in numbers))
+    if kind != "fixed" and len(numbers) != 2:
+        raise ValueError("%s needs two numbers, such as normal:1024,200 or uniform:100,900" % kind)
+    if min(lengths.values[:1] if kind == "normal" else lengths.values) < 1:
+        raise ValueError("needs lengths of at least 1 token")
+    if kind == "uniform" and lengths.values[0] > lengths.values[1]:
+        raise ValueError("uniform needs the lower length first")
+    return lengths
+
+
+def prefix_text(maker: TextMaker, tokens: int, fit: Fit) -> str:
+    """The text of the system message of so many tokens that all requests of a run share."""
+    return maker.text("prefix", round(tokens / fit.slope))
+
+
+def build_prompt(
+    prompt: Optional[Prompt], target: Optional[int], prefix: str, fit: Fit, maker: TextMaker, name: str,
+    block_tokens: int = 0,
+) -> Prompt:  # fmt: skip
+    """The prompt as it is sent: one that has messages keeps them; else its text is built to `target` tokens.
+
+    prompt: of a workload, or None. target: the request's tokens without the prefix; a trace's prompt brings its own.
+    prefix: the shared text, which goes to the head as system message. name: what tells this request from all others.
+    `input_tokens` of what comes back is what the endpoint should count, the prefix included.
+    """
+    made = Prompt(name, []) if prompt is None else prompt
+    if made.messages:
+        return made.saying(prefixed(prefix, made.messages))
+    tokens = made.input_tokens if target is None else target
+    if tokens is None:
+        raise ValueError("a text needs a length")
+    messages = [user_message(build_text(made, fit.chars_for(tokens), fit, maker, name, block_tokens))]
+    tokens += round(fit.slope * len(prefix))
+    return dataclasses.replace(made, messages=prefixed(prefix, messages), input_tokens=tokens)
+
+
+def build_text(prompt: Prompt, chars: int, fit: Fit, maker: TextMaker, name: str, block_tokens: int) -> str:
+    """A text of so many characters, made of the prompt's blocks as far as they reach."""
+    if not prompt.blocks or not block_tokens:
+        return maker.text(name, chars)
+    size = max(SHORTEST_TEXT + 1, round(block_tokens / fit.slope))
+    blocks = prompt.blocks[: -(-chars // size)]
+    text = "".join([maker.text("block/%s" % block, size - 1) + " " for block in blocks])
+    rest = chars - len(text)
+    return text + maker.text(name, rest)[:rest] if rest > 0 else text[:chars]
+
+
+def prefixed(prefix: str, messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The messages with the shared text at the head of their system message (templates take but one), or as one."""
+    if not prefix:
+        return messages
+    if not messages or messages[0].get("role") != "system":
+        return [{"role": "system", "content": prefix}, *messages]
+    content = messages[0].get("content")
+    if isinstance(content, list):
+        content = [{"type": "text", "text": prefix}] + content
+    else:
+        content = prefix + "\n\n" + (content or "")
+    return [{**messages[0], "content": content}, *messages[1:]]
+
+
 def make_unique(prompt: Prompt, request_id: str) -> Prompt:
     """The prompt with a short prefix, different for each request id, at the head of its first user message."""
     prefix = "[%s] " % hashlib.sha256(request_id.encode("utf-8")).hexdigest()[:8]
@@ -2165,7 +2447,7 @@ def make_unique(prompt: Prompt, request_id: str) -> Prompt:
             )
             messages[position] = {**message, "content": headed}
             break
-    return dataclasses.replace(prompt, messages=messages)
+    return prompt.saying(messages)
 # ==================================================================================================
 # 6. Statistics: records to a summary, pure
 # ==================================================================================================

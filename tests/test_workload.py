@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from statistics import mean, stdev
 from types import SimpleNamespace
 
 import pytest
@@ -527,6 +529,256 @@ def test_an_order_that_there_is_not():
         llmbench.order_index("backwards", 0, 3, 1)
 
 
+# --- texts of a length ------------------------------------------------------------------------------------------------
+
+TOKENIZERS = {
+    "words": lambda text: len(text.split()),
+    "four characters": lambda text: -(-len(text) // 4),
+    "pieces": lambda text: sum(-(-len(piece) // 5) for piece in re.findall(r" ?[A-Za-z]+|[0-9]|[^A-Za-z0-9 ]| ", text)),
+    "words and marks": lambda text: len(re.findall(r" ?[A-Za-z]+|[0-9]{1,3}|[^A-Za-z0-9 ]| ", text)),
+    "bytes": lambda text: len(text.encode()),
+}
+
+
+def endpoint(name, template):
+    """What an endpoint counts for a prompt: its texts, and so many tokens of its template's own for each message."""
+    return lambda prompt: sum(TOKENIZERS[name](message["content"]) + template for message in prompt.messages)
+
+
+def probed(count, maker, least, most, system=False, send=lambda prompt, number: prompt):
+    probes = llmbench.probe_prompts(maker, least, most, system)
+    return llmbench.fit_lengths([(chars, count(send(prompt, n))) for n, (chars, prompt) in enumerate(probes, 90000)])
+
+
+def unique_prompt(prompt, number):
+    return llmbench.make_unique(prompt, f"run-0-{number}")
+
+
+@pytest.mark.parametrize("chars", [*range(8, 320), 1000, 9999])
+def test_a_text_has_the_characters_that_it_was_asked_for(chars):
+    text = llmbench.TextMaker(0).text(str(chars), chars)
+    assert len(text) == chars and text[0].isupper() and text[-1] == "." and text.isascii()
+    assert re.fullmatch(r"([A-Z][a-z]*( [a-zA-Z]+)*\. )*[A-Z][a-z]*( [a-zA-Z]+)*\.", text)
+
+
+def test_a_text_is_never_shorter_than_one_word():
+    assert {len(llmbench.TextMaker(0).text("a", chars)) for chars in (-5, 0, 1, 7, 8)} == {8}
+
+
+def test_a_text_is_its_seeds_and_its_names():
+    maker, other = llmbench.TextMaker(0), llmbench.TextMaker(1)
+    assert maker.text("a", 500) == llmbench.TextMaker(0).text("a", 500)
+    heads = {made.text(name, 500)[:66] for made in (maker, other) for name in map(str, range(2000))}
+    assert len(heads) == 4000  # no cache of prefixes finds two of them alike
+    assert maker.text("a", 80) == "Little cover room use taste future it born private old sometimes. Fresh license."
+
+
+def test_the_words_are_ordinary_and_there_are_some_of_each_length():
+    words = llmbench.WORDS.split()
+    assert len(set(words)) == len(words) and all(word.isalpha() and word.isascii() for word in words)
+    lengths = Counter(map(len, words))
+    assert set(lengths) == set(range(1, 12)) and all(20 <= lengths[n] <= 256 for n in range(2, 12))
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("template", [0, 20])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_input_tokens_are_within_two_percent_of_the_target(name, template, system):
+    count, maker = endpoint(name, template), llmbench.TextMaker(3)
+    fit = probed(count, maker, 16, 32000, system)
+    prefix = llmbench.prefix_text(maker, 300, fit) if system else ""
+    tried = 0
+    for target, times in ((16, 300), (32, 300), (64, 200), (200, 100), (1024, 50), (8000, 10), (32000, 4)):
+        if target >= fit.least + 4:
+            built = [llmbench.build_prompt(None, target, prefix, fit, maker, f"0-{n}") for n in range(times)]
+            assert {prompt.input_tokens for prompt in built} == {target + (round(fit.slope * len(prefix)))}
+            near = {"rel": 0.02} if name != "words" else {"rel": 0.02, "abs": 0.5}  # a period is no token: half a word
+            assert mean(map(count, built)) == pytest.approx(built[0].input_tokens, **near), target
+            tried += 1
+    assert tried >= 5
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_probes_take_the_unique_prefix_into_account(name):
+    count, maker = endpoint(name, 20), llmbench.TextMaker(0)
+    fit = probed(count, maker, 64, 1024, send=unique_prompt)
+    assert fit.base > probed(count, maker, 64, 1024).base
+    for target in (80, 256, 1024):
+        sent = [unique_prompt(llmbench.build_prompt(None, target, "", fit, maker, f"0-{n}"), n) for n in range(100)]
+        assert mean(map(count, sent)) == pytest.approx(target, rel=0.02)
+
+
+def test_the_prefix_is_one_for_all_and_has_its_length():
+    count, maker = endpoint("pieces", 20), llmbench.TextMaker(0)
+    fit = probed(count, maker, 100, 1000, system=True)
+    prefix = llmbench.prefix_text(maker, 512, fit)
+    assert TOKENIZERS["pieces"](prefix) == pytest.approx(512, rel=0.02)
+    first, second = (llmbench.build_prompt(None, 100, prefix, fit, maker, name) for name in "ab")
+    assert first.messages[0] == second.messages[0] == {"role": "system", "content": prefix}
+    assert first.messages[1]["content"][:60] != second.messages[1]["content"][:60]
+    made = llmbench.make_unique(first, "run-0-1")
+    assert made.messages[0] == first.messages[0] and PREFIX.match(made.messages[1]["content"])
+
+
+def test_the_prefix_joins_a_system_message_that_is_there():
+    prompt = llmbench.Prompt("p", [{"role": "system", "content": "own"}, user("hi")], 7, [[user("more")]])
+    made = llmbench.build_prompt(prompt, None, "Shared.", llmbench.Fit(0.0, 0.2), llmbench.TextMaker(0), "n")
+    assert made.messages == [{"role": "system", "content": "Shared.\n\nown"}, user("hi")]
+    assert (made.id, made.max_tokens, made.turns, made.input_tokens) == ("p", 7, prompt.turns, None)
+    assert llmbench.prefixed("", prompt.messages) == prompt.messages
+    assert llmbench.prefixed("S", [user("hi")]) == [{"role": "system", "content": "S"}, user("hi")]
+    parts = [{"type": "text", "text": "own"}]
+    headed = llmbench.prefixed("S", [{"role": "system", "content": parts, "name": "n"}])
+    assert headed == [{"role": "system", "content": [{"type": "text", "text": "S"}, *parts], "name": "n"}]
+    assert parts == [{"type": "text", "text": "own"}] and prompt.messages[0]["content"] == "own"
+
+
+def test_a_text_without_a_length_is_not_built():
+    with pytest.raises(ValueError, match="length"):
+        llmbench.build_prompt(None, None, "", llmbench.Fit(0.0, 0.2), llmbench.TextMaker(0), "n")
+
+
+def test_long_prompts_are_built_fast():
+    maker, fit = llmbench.TextMaker(0), llmbench.Fit(20.0, 0.18)
+    plain, blocks = llmbench.Prompt("p", [], input_tokens=100000), llmbench.Prompt("p", [], blocks=range(196))
+    blocks.input_tokens = 100000
+    for prompt in (plain, blocks):
+        times = []
+        for _ in range(7):
+            started = time.perf_counter()
+            llmbench.build_prompt(prompt, None, "", fit, maker, "n", 512)
+            times.append(time.perf_counter() - started)
+        assert min(times) < 0.1  # 0.001 s and 0.005 s on an idle core
+
+
+# --- the fit ---
+
+
+def test_the_line_is_found_from_two_points_and_kept_from_more():
+    assert llmbench.fit_lengths([(100, 40), (1100, 240)]) == pytest.approx((20.0, 0.2))
+    fit = llmbench.fit_lengths([(100, 39), (100, 41), (500, 120), (10100, 2043), (10100, 2037)])
+    assert fit == pytest.approx((20.0, 0.2), rel=0.01)
+    assert (fit.chars_for(1020), fit.least) == (pytest.approx(5000, rel=0.01), 22)
+
+
+def test_what_is_shorter_than_a_text_can_be_is_the_shortest_text():
+    fit = llmbench.Fit(20.0, 0.2)
+    assert fit.chars_for(1) == fit.chars_for(fit.least - 1) == llmbench.SHORTEST_TEXT == 8
+    assert fit.tokens_for(fit.chars_for(70)) == pytest.approx(70)
+
+
+@pytest.mark.parametrize("pairs", [
+    [(100, 30), (1000, 30)],  # it does not count
+    [(100, 30), (1000, 20)],  # nor backwards
+    [(100, 1), (200, 1), (9000, 1)],
+    [(100, 40), (1000, 220), (5000, 512), (10000, 512)],  # it cuts what is long
+    [(100, 400), (1000, 20), (10000, 3000)],
+])  # fmt: skip
+def test_counts_that_make_no_sense_are_refused_and_shown(pairs):
+    with pytest.raises(ValueError, match=r"do not grow evenly .*%d for 100 characters" % pairs[0][1]):
+        llmbench.fit_lengths(pairs)
+
+
+@pytest.mark.parametrize("pairs", [[], [(100, 30)], [(100, 30), (100, 31)]])
+def test_a_line_takes_two_lengths(pairs):
+    with pytest.raises(ValueError, match="two texts"):
+        llmbench.fit_lengths(pairs)
+
+
+@pytest.mark.parametrize("least,most", [(1, 1), (16, 16), (16, 32000), (1024, 1024), (100000, 200000)])
+def test_probes_are_few_short_and_on_both_sides(least, most):
+    probes = llmbench.probe_prompts(llmbench.TextMaker(0), least, most)
+    chars = [chars for chars, _ in probes]
+    assert 5 <= len(probes) <= 12 and max(chars) <= 40000 and max(chars) >= 3 * min(chars)
+    assert len({prompt.messages[0]["content"] for _, prompt in probes}) == len(probes)
+    assert all(prompt.max_tokens == 1 and len(prompt.messages[0]["content"]) == size for size, prompt in probes)
+
+
+# --- lengths ---
+
+
+def test_a_list_of_lengths_makes_stages():
+    lengths = llmbench.parse_lengths("512, 2048,8192")
+    assert (lengths.stages, lengths.bounds) == ([512, 2048, 8192], (512, 8192))
+    assert [lengths.draw(0, stage, 5) for stage in range(4)] == [512, 2048, 8192, 512]
+    assert llmbench.parse_lengths("1024").stages == [1024]
+
+
+def test_uniform_lengths_are_even_from_end_to_end():
+    lengths = llmbench.parse_lengths("uniform:1,10")
+    drawn = Counter(lengths.draw(0, 0, index) for index in range(10000))
+    assert sorted(drawn) == list(range(1, 11)) and all(800 < times < 1200 for times in drawn.values())
+    assert (lengths.stages, lengths.bounds) == ([5], (1, 10))
+    assert llmbench.parse_lengths("uniform:7,7").draw(0, 0, 0) == 7
+
+
+def test_normal_lengths_have_their_mean_and_deviation_and_are_at_least_1():
+    lengths = llmbench.parse_lengths("normal:1024,200")
+    drawn = [lengths.draw(0, 0, index) for index in range(10000)]
+    assert mean(drawn) == pytest.approx(1024, abs=8) and stdev(drawn) == pytest.approx(200, rel=0.03)
+    assert sum(824 <= length <= 1224 for length in drawn) == pytest.approx(6827, abs=200)
+    assert (lengths.stages, lengths.bounds) == ([1024], (424, 1624))
+    wide = llmbench.parse_lengths("normal:10,100")
+    assert min(wide.draw(0, 0, index) for index in range(500)) == 1 == wide.bounds[0]
+    assert {llmbench.parse_lengths("normal:64,0").draw(0, 0, index) for index in range(9)} == {64}
+
+
+@pytest.mark.parametrize("text,golden", [
+    ("uniform:100,900", [112, 418, 425, 597, 773, 344]), ("normal:1024,200", [1422, 1140, 447, 1302, 994, 1200]),
+])  # fmt: skip
+def test_a_drawn_length_is_its_numbers(text, golden):
+    lengths = llmbench.parse_lengths(text)
+    assert [lengths.draw(0, 1, index) for index in range(6)] == golden
+    drawn = {tuple(lengths.draw(seed, stage, n) for n in range(6)) for seed in (0, 1) for stage in (0, 1)}
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize("text", [
+    "", "0", "-5", "1.5", "1e3", "abc", "5,", ",", "5,0", "normal", "normal:", "normal:5", "normal:0,5", "normal:1,2,3",
+    "normal:5,-1", "uniform:5", "uniform:9,1", "uniform:0,5", "fixed:", "gamma:1,2", "uniform:1,2,3", "٣", "5 5", ":",
+])  # fmt: skip
+def test_lengths_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match=r"^(needs|normal needs|uniform needs) "):
+        llmbench.parse_lengths(text)
+
+
+# --- the text of a trace ---
+
+
+def test_the_same_blocks_are_the_same_text_and_the_lengths_are_the_traces():
+    lines = [(2000, [0, 1, 2, 3]), (1500, [0, 1, 9]), (1900, [0, 1, 2, 8]), (900, [5, 1]), (100, [0]), (60, [0])]
+    trace = load("".join(
+        json.dumps({"timestamp": n, "input_length": length, "output_length": 7, "hash_ids": ids}) + "\n"
+        for n, (length, ids) in enumerate(lines)
+    ), "t.jsonl")  # fmt: skip
+    count, maker = endpoint("pieces", 20), llmbench.TextMaker(0)
+    fit = probed(count, maker, 60, 2000)
+    made = [llmbench.build_prompt(p, None, "", fit, maker, p.id, trace.block_tokens) for p in trace.prompts]
+    texts = [prompt.messages[0]["content"] for prompt in made]
+    for prompt, (length, _) in zip(made, lines):
+        assert (prompt.input_tokens, prompt.output_tokens, prompt.max_tokens) == (length, 7, 7)
+        assert count(prompt) == pytest.approx(length, rel=0.02, abs=4)
+    size = round(512 / fit.slope)
+    assert shared(texts[0], texts[1]) == pytest.approx(2 * size, abs=20)
+    assert shared(texts[0], texts[2]) == pytest.approx(3 * size, abs=20)
+    assert shared(texts[0], texts[3]) < 20 and len(texts[3]) > 1.5 * size and texts[3][size:] in texts[0][size:]
+    assert texts[0].startswith(texts[4]) and texts[4].startswith(texts[5])
+
+
+def shared(one, other):
+    """How many characters two texts have in common at their heads."""
+    return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def test_where_the_blocks_do_not_reach_the_text_is_the_requests_own():
+    maker, fit = llmbench.TextMaker(0), llmbench.Fit(0.0, 0.2)
+    prompt = llmbench.Prompt("p", [], input_tokens=1000, blocks=[1])
+    texts = [llmbench.build_prompt(prompt, None, "", fit, maker, name, 512).messages[0]["content"] for name in "ab"]
+    assert [len(text) for text in texts] == [5000, 5000] and 2560 <= shared(*texts) < 2580
+    unblocked = [llmbench.build_prompt(prompt, None, "", fit, maker, name).messages[0]["content"] for name in "ab"]
+    assert shared(*unblocked) < 20
+
+
 # --- the unique prefix ------------------------------------------------------------------------------------------------
 
 PREFIX = re.compile(r"\[[0-9a-f]{8}\] ")
@@ -580,6 +832,12 @@ def test_the_unique_prefix_leaves_the_later_turns_as_they_are():
     prompt = parse(json.dumps(DUMP))[0]
     made = llmbench.make_unique(prompt, "run-0-1")
     assert made.turns == prompt.turns and PREFIX.match(made.messages[0]["content"])
+
+
+def test_a_unique_prefix_changes_the_messages_and_nothing_else():
+    values = {field.name: f"{field.name}'s" for field in dataclasses.fields(llmbench.Prompt)}
+    made = llmbench.make_unique(llmbench.Prompt(**{**values, "messages": [user("a")]}), "run-0-1")
+    assert {**vars(made), "messages": None} == {**values, "messages": None} and made.messages != [user("a")]
 
 
 def test_each_later_turn_carries_the_endpoints_own_answers_and_no_new_prefix():
