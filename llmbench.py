@@ -422,7 +422,9 @@ class Config:
     max_tokens_field: Optional[str] = None
     token_mode: str = "usage"
     think_tags: str = "auto"
+    input_tokens: Optional[str] = None
     output_tokens: Optional[int] = None
+    prefix_tokens: int = 0
     workload_file: Optional[str] = None
     timestamp_unit: str = "auto"
     trace_speed: float = 1.0
@@ -477,17 +479,19 @@ class Stage(NamedTuple):
     warmup: int
     rps: Optional[float] = None
     trace: bool = False  # the moments are a trace's, and rps is their mean rate
+    input_tokens: Optional[int] = None  # the length that prompts of this stage are to have, or its mean
+    length: int = 0  # which of the lengths of --input-tokens that is
 
     @property
     def load(self) -> Dict[str, float]:
         """The load as summary.json names it: `{"concurrency": 8}`, or `{"rps": 4.0, "cap": 16}`."""
-        if self.rps is None:
-            return {"concurrency": self.concurrency}
-        load: Dict[str, float] = {"rps": self.rps}
-        if self.concurrency:
+        load: Dict[str, float] = {"concurrency": self.concurrency} if self.rps is None else {"rps": self.rps}
+        if self.rps is not None and self.concurrency:
             load["cap"] = self.concurrency
         if self.trace:
             load["trace"] = 1
+        if self.input_tokens is not None:
+            load["input_tokens"] = self.input_tokens
         return load
 
     def described(self) -> Dict[str, Any]:
@@ -2435,6 +2439,46 @@ def prefixed(prefix: str, messages: List[Dict[str, Any]]) -> List[Dict[str, Any]
     return [{**messages[0], "content": content}, *messages[1:]]
 
 
+class Shape(NamedTuple):
+    """How a run's prompts get their lengths: what a few probes told of the endpoint, and what is wanted of it."""
+
+    fit: Fit
+    lengths: Optional[Lengths]  # None: the prompts bring text or lengths of their own
+    prefix_tokens: int
+    block_tokens: int
+    seed: int
+
+
+class Shaper:
+    """Makes prompts to a Shape; a process has one of its own, which draws the same texts as every other."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self._maker = TextMaker(shape.seed)
+        self._prefix = prefix_text(self._maker, shape.prefix_tokens, shape.fit) if shape.prefix_tokens else ""
+
+    def prompt(self, prompt: Prompt, length: int, name: str, number: int) -> Prompt:
+        """The prompt of the conversation `number`; `name` tells its text from every other of the run."""
+        shape = self._shape
+        if shape.lengths is None:
+            return build_prompt(prompt, None, self._prefix, shape.fit, self._maker, name, shape.block_tokens)
+        target = shape.lengths.draw(shape.seed, length, number)
+        return build_prompt(None, target, self._prefix, shape.fit, self._maker, name)
+
+
+def target_bounds(config: Config, workload: Workload) -> Tuple[int, int]:
+    """The shortest and the longest prompt, in tokens, that a run will make."""
+    if config.input_tokens:
+        return parse_lengths(config.input_tokens).bounds
+    targets = [prompt.input_tokens for prompt in workload.prompts if prompt.input_tokens]
+    return min(targets, default=config.prefix_tokens), max(targets, default=config.prefix_tokens)
+
+
+def makes_text(config: Config, workload: Workload) -> bool:
+    """Whether a run makes text to a length, for which it has to know how the endpoint counts."""
+    return bool(config.input_tokens or config.prefix_tokens or workload.trace)
+
+
 def make_unique(prompt: Prompt, request_id: str) -> Prompt:
     """The prompt with a short prefix, different for each request id, at the head of its first user message."""
     prefix = "[%s] " % hashlib.sha256(request_id.encode("utf-8")).hexdigest()[:8]
@@ -3545,24 +3589,27 @@ def probe_stage(config: Config, index: int, load: float) -> Stage:
     """The stage that tries a load for --find-max."""
     own_end = config.total_requests is not None or config.duration is not None
     duration = config.duration if own_end else PROBE_SECONDS
+    tokens = parse_lengths(config.input_tokens).stages[0] if config.input_tokens else None
     if config.find_max == "rps":
         cap = config.concurrency[0] if config.concurrency else 0
         total = config.total_requests if own_end else max(PROBE_REQUESTS, math.ceil(20 * load))
-        return Stage(index, cap, total, duration, config.warmup, load)
+        return Stage(index, cap, total, duration, config.warmup, load, False, tokens)
     total = config.total_requests if own_end else max(PROBE_REQUESTS, 5 * int(load))
-    return Stage(index, int(load), total, duration, config.warmup)
+    return Stage(index, int(load), total, duration, config.warmup, None, False, tokens)
 
 
 def plan_stages(config: Config) -> List[Stage]:
-    """The stages that a configuration asks for, in order."""
+    """The stages that a configuration asks for, in order: for each length of its prompts each load."""
     cap = config.concurrency[0] if config.concurrency else 0
     loads = [(cap, rate) for rate in config.rps] or [(streams, None) for streams in config.concurrency]
+    lengths: Sequence[Optional[int]] = parse_lengths(config.input_tokens).stages if config.input_tokens else [None]
+    planned = itertools.product(enumerate(lengths), loads)
     return [
         Stage(
             number, streams, config.requests_per_stage(streams, rate), config.duration, config.warmup, rate,
-            config.arrival == "trace",
+            config.arrival == "trace", tokens, length,
         )
-        for number, (streams, rate) in enumerate(loads)
+        for number, ((length, tokens), (streams, rate)) in enumerate(planned)
     ]
 
 
@@ -4681,6 +4728,7 @@ class Runner:
     def __init__(
         self, config: Config, provider: Provider, endpoint: Endpoint, prompts: Sequence[Prompt], part: Part, poll: Poll,
         sink: Callable[[Dict[str, Any]], None], together: Optional[Callable[[], Awaitable[float]]] = None,
+        shape: Optional[Shape] = None,
     ) -> None:  # fmt: skip
         self.config = config
         self.provider = provider
@@ -4689,6 +4737,7 @@ class Runner:
         self.part = part
         self.poll = poll
         self.sink = sink
+        self._shaper = None if shape is None else Shaper(shape)
         self._together = together  # waits for the other parts; gives the moment at which a phase begins
         self.network = Network(endpoint, config, poll)
         self.progress = Progress()
@@ -4754,6 +4803,25 @@ class Runner:
     def sample(self, stage: Stage) -> bytes:
         """The first request of a stage as it would be sent."""
         return self._first_job(stage, Talk(0, 0, 1)).payload
+
+    async def ask(self, prompt: Prompt, name: str) -> Record:
+        """Sends one prompt outside of any stage, as the run would, and gives its record, of phase `probe`."""
+        self.begin()
+        stage, due = Stage(0, 1, 1, None, 0), clock()
+        request_id = "%s-%s" % (self.config.run_id, name)
+        sent = make_unique(prompt, request_id) if self.config.unique else prompt
+        stream = Stream(0, task=asyncio.current_task())
+        self._streams = [stream]
+        phase = Phase(stage, "probe", self.part, iter(()), due, None)
+        record, attempt = await self._perform(
+            stream, phase, self._make_job(sent, request_id, self.provider.dialect), due
+        )
+        if attempt is not None:
+            self._fill(record, attempt, due)
+        self._finish_record(record)
+        if stream.connection is not None:
+            stream.connection.close()
+        return record
 
     # One stage.
 
@@ -5116,6 +5184,9 @@ class Runner:
     def _first_job(self, stage: Stage, talk: Talk) -> Job:
         """The first request of a conversation."""
         prompt, request_id = self._prompt_of(talk), self._request_id(stage, talk.first)
+        if self._shaper is not None:
+            name = "%d-%d" % (stage.index, talk.number)
+            prompt = self._shaper.prompt(prompt, stage.length, name, talk.number)
         sent = make_unique(prompt, request_id) if self.config.unique else prompt
         return self._make_job(sent, request_id, self.provider.dialect)
 
@@ -5543,6 +5614,7 @@ class WorkerPlan(NamedTuple):
     part: Part
     zero: float
     open_sink: Callable[[], Any]  # gives an object with write(line) and close()
+    shape: Optional[Shape] = None
 
 
 class Worker:
@@ -5563,7 +5635,7 @@ class Worker:
         provider = make_provider(plan.config)
         endpoint = parse_url(plan.url, provider)
         self._runner = runner = Runner(
-            plan.config, provider, endpoint, plan.prompts, plan.part, poll, sink.write, self._together
+            plan.config, provider, endpoint, plan.prompts, plan.part, poll, sink.write, self._together, plan.shape
         )
         runner.zero = plan.zero
         # Batch systems and systemd send it to every process; it is also how multiprocessing ends a worker at its exit.
@@ -10107,6 +10179,33 @@ async def first_model(provider: Provider, endpoint: Endpoint, network: Network) 
         return name
     except (ParseError, LookupError, TypeError):
         raise UserError("GET %s (HTTP %d) lists no model; give --model" % (target, head.status)) from None
+def fit_endpoint(
+    config: Config, workload: Workload, ask: Callable[[Prompt, str], Record]
+) -> Fit:
+    """How the endpoint counts the tokens of our texts, by its own usage for a few probes; raises UserError."""
+    least, most = target_bounds(config, workload)
+    pairs = []
+    for number, (chars, prompt) in enumerate(
+        probe_prompts(TextMaker(config.seed), least, most, bool(config.prefix_tokens))
+    ):
+        record = ask(prompt, "length-%d" % number)
+        if record.in_tokens is None:
+            if record.status in ("ok", "empty"):
+                raise UserError("the endpoint reports no usage, so prompts can't be made to a length in tokens; "
+                                "give a --workload-file with texts")  # fmt: skip
+            raise UserError("a probe for the length of prompts failed (%s: %s); see that a plain run works first"
+                            % (record.status, record.err))  # fmt: skip
+        pairs.append((chars, record.in_tokens))
+    try:
+        fit = fit_lengths(pairs)
+    except ValueError as error:
+        raise UserError("prompts can't be made to a length in tokens: %s" % error) from None
+    if config.input_tokens and most < fit.least:
+        raise UserError("--input-tokens %s is less than the %d tokens that every request has at this endpoint"
+                        % (config.input_tokens, math.ceil(fit.least)))  # fmt: skip
+    return fit
+
+
 # What this host can measure. `selftest` runs against the built-in mock, which writes down when it sent
 # what; the error is the client's time of the first content, or of the end, less the server's time of
 # writing it, both on this machine's monotonic clock. So it holds the way through the loopback too.
@@ -10293,6 +10392,12 @@ def read_arrival(text: str) -> str:
     return text
 
 
+def read_lengths(text: str) -> str:
+    """Lengths as they were written, if they can be read."""
+    parse_lengths(text)
+    return text
+
+
 def read_gate(text: str) -> str:
     """A gate as it was written, if it can be read."""
     parse_gate(text)
@@ -10419,6 +10524,10 @@ RUN_FLAGS = (
     Flag("order", read_choice(*ORDERS), "ORDER", "in-order",
          "which prompt comes next: in-order of the file, shuffled anew each time round, or random, by --seed"),
     Flag("turns", read_count(1), "N", "all", "of a conversation, play so many of the user's turns at most"),
+    Flag("input-tokens", read_lengths, "N[,N…]", "",
+         "make prompts of so many tokens by the endpoint's own count, which a few probes find out first; a list makes "
+         "stages; also normal:MEAN,SD and uniform:LOW,HIGH"),
+    Flag("prefix-tokens", read_count(1), "N", "0", "put the same system message of so many tokens before every prompt"),
     Flag("output-tokens", read_count(1), "N", "",
          "ask for answers of exactly so many tokens: max_tokens, with ignore_eos and min_tokens where they are taken"),
     Flag("unique", None, "", "on",
@@ -10568,6 +10677,8 @@ def check_load(given: Mapping[str, Any]) -> None:
         parse_gates(given.get("slo", []))
     except ValueError as error:
         raise UserError("--slo %s" % error) from None
+    if "input_tokens" in given and "workload_file" in given:
+        raise UserError("--input-tokens makes prompts of its own; leave --workload-file out")
     if "find_max" in given:
         check_search(given)
     elif given.get("rps"):
@@ -10596,6 +10707,8 @@ def check_search(given: Mapping[str, Any]) -> None:
     for name in ("shard", "ramp"):
         if name in given:
             raise UserError("--%s and --find-max exclude each other" % name)
+    if "input_tokens" in given and len(parse_lengths(given["input_tokens"]).stages) > 1:
+        raise UserError("--find-max takes one length of --input-tokens; search each in a run of its own")
     if kind == "concurrency" and "arrival" in given:
         raise UserError("--arrival says when requests of an open loop are due and needs --find-max rps")
 
@@ -10609,8 +10722,7 @@ def check_shard(config: Config) -> None:
         raise UserError("--shard needs --start-at, so that all hosts begin together and know each other's run")
     if config.concurrency and min(config.concurrency) < hosts:
         raise UserError("--concurrency %d is fewer than the %d shards" % (min(config.concurrency), hosts))
-    stages = max(len(config.concurrency), len(config.rps))
-    if stages > 1 and (config.duration is None or config.grace is None):
+    if len(plan_stages(config)) > 1 and (config.duration is None or config.grace is None):
         raise UserError("--shard with several stages needs --duration and --grace: by them hosts keep step")
 
 
@@ -10705,12 +10817,14 @@ class Session:
     """One run from its checked configuration to its files."""
 
     def __init__(
-        self, config: Config, url: str, prompts: Sequence[Prompt], assets: Mapping[str, bytes], words: Sequence[str]
+        self, config: Config, url: str, workload: Workload, assets: Mapping[str, bytes], words: Sequence[str]
     ) -> None:
         config.processes = choose_processes(config.processes, config)
         self.config = config
         self.assets = assets
-        self.prompts = prompts
+        self.workload = workload
+        self.prompts = workload.prompts
+        self.shape: Optional[Shape] = None
         self.words = words
         self.provider = make_provider(config)
         self.endpoint = parse_url(url, self.provider)
@@ -10729,13 +10843,16 @@ class Session:
             network = Network(self.endpoint, config, self.poll)
             if not config.model:
                 config.model = self.loop.run_until_complete(first_model(self.provider, self.endpoint, network))
-                if hasattr(self.loop, "shutdown_default_executor"):  # a process is best forked without threads
-                    self.loop.run_until_complete(self.loop.shutdown_default_executor())
             started = time.time()
+            probes: List[Dict[str, Any]] = []
+            if makes_text(config, self.workload):
+                self.shape = self._make_shape(probes.append)
+            if hasattr(self.loop, "shutdown_default_executor"):  # a process is best forked without threads
+                self.loop.run_until_complete(self.loop.shutdown_default_executor())
             directory = config.out or default_directory(config.model, started)
             check_directory(directory)
             make_directory(directory)
-            return self._measure(directory, started)
+            return self._measure(directory, started, probes)
         finally:
             close_loop(self.loop)
             self.keeper.close()
@@ -10744,6 +10861,8 @@ class Session:
         """--dry-run."""
         config, texts = self.config, self.texts
         stages = planned_stages(config)
+        if makes_text(config, self.workload):
+            self.shape = self._shape_of(GUESSED_FIT)
         sizes = sorted(
             sum(len(text_of(message.get("content"))) for message in prompt.messages) for prompt in self.prompts
         )
@@ -10756,12 +10875,32 @@ class Session:
         ]
         for line in plan_lines(stages, bounds_of(config, stages, self.prompts), facts, texts):
             print(line)
-        runner = Runner(config, self.provider, self.endpoint, self.prompts, Part(*config.host), self.poll, no_record)
+        part = Part(*config.host)
+        runner = Runner(
+            config, self.provider, self.endpoint, self.prompts, part, self.poll, no_record, None, self.shape
+        )
         print("\n" + texts["plan.sample"] + "\n")
         print(redact(runner.sample(stages[0]).decode("utf-8", "replace"), secrets).replace("\r\n", "\n"))
         return EXIT_OK
 
-    def _measure(self, directory: str, started: float) -> int:
+    def _make_shape(self, sink: Callable[[Dict[str, Any]], None]) -> Shape:
+        """Asks the endpoint how it counts; the dialect that this finds out holds for the run too."""
+        config = self.config
+        asking = dataclasses.replace(config, output_tokens=None)
+        provider = make_provider(asking)
+        provider.dialect = self.provider.dialect
+        runner = Runner(asking, provider, self.endpoint, self.prompts, Part(), self.poll, sink)
+        fit = fit_endpoint(
+            config, self.workload, lambda prompt, name: self.loop.run_until_complete(runner.ask(prompt, name))
+        )
+        return self._shape_of(fit)
+
+    def _shape_of(self, fit: Fit) -> Shape:
+        config = self.config
+        lengths = parse_lengths(config.input_tokens) if config.input_tokens else None
+        return Shape(fit, lengths, config.prefix_tokens, self.workload.block_tokens, config.seed)
+
+    def _measure(self, directory: str, started: float, probes: Sequence[Mapping[str, Any]]) -> int:
         try:
             writer = ResultsWriter(directory)
         except OSError as error:
@@ -10773,7 +10912,13 @@ class Session:
             earlier = find_selftest(header["host"])
             if earlier is not None:
                 header["selftest"] = earlier
+            if self.shape is not None:
+                header["fit"] = dict(zip(Fit._fields, self.shape.fit))
+            if self.workload.notes:
+                header["workload_notes"] = list(self.workload.notes)
             writer.write({"llmbench": "1", "run": header})
+            for record in probes:
+                writer.write(record)
             end = self._drive(writer, directory)
             writer.write({"end": {**end, "ended_at": iso_time(time.time())}})
         except WriteError as error:
@@ -10793,7 +10938,9 @@ class Session:
         measuring: Union[Runner, Crew]
         if self.config.processes == 1:
             part = Part(*self.config.host)
-            measuring = Runner(self.config, self.provider, self.endpoint, self.prompts, part, self.poll, writer.write)
+            measuring = Runner(
+                self.config, self.provider, self.endpoint, self.prompts, part, self.poll, writer.write, None, self.shape
+            )
             measuring.progress, measuring.zero = progress, self._zero()
             work = measuring.run(stages)
         else:
@@ -10844,6 +10991,7 @@ class Session:
                 Part(host, hosts, number, count),
                 zero,
                 functools.partial(ResultsWriter, directory),
+                self.shape,
             )
             for number in range(count)
         ]
@@ -10916,17 +11064,21 @@ def command_run(words: Sequence[str]) -> int:
     builtin = [(language, assets["prompts/%s.txt" % language]) for language in ("en", "zh")]
     workload = read_workload(config.workload_file, builtin, config.timestamp_unit)
     follow_trace(config, workload)
-    prompts = workload.prompts
+    for note in workload.notes:
+        warn(note)
     replace_headers([], config.header)
     trouble = raise_file_limit(max(config.concurrency, default=UNCAPPED_STREAMS) + 64)
     if trouble and config.concurrency:  # without a cap nobody knows how many are needed
         raise UserError(trouble)
     if not config.url.startswith("mock:"):
-        session = Session(config, config.url, prompts, assets, words)
+        session = Session(config, config.url, workload, assets, words)
         warn_without_token(config, session.endpoint)
         return session.run()
     with MockProcess(mock_flags(config.url)) as mock:
-        return Session(config, mock.url, prompts, assets, words).run()
+        return Session(config, mock.url, workload, assets, words).run()
+
+
+GUESSED_FIT = Fit(10.0, 0.25)  # of --dry-run, which asks no endpoint: four characters a token, and a template
 
 
 def no_record(_: Mapping[str, Any]) -> None:
@@ -10935,6 +11087,8 @@ def no_record(_: Mapping[str, Any]) -> None:
 
 def follow_trace(config: Config, workload: Workload) -> None:
     """Takes the load from a trace, unless the user named one; raises UserError where flags and workload disagree."""
+    if workload.block_tokens and "unique" not in config.given:
+        config.unique = False  # a prefix of its own would end what the trace's requests have in common
     if not workload.trace:
         if config.arrival == "trace":
             raise UserError("--arrival trace needs a --workload-file that is a trace, with timestamps")

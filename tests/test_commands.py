@@ -108,7 +108,8 @@ SET_BY = {
     "url": ("http://h/v1", "http://h/v1"), "provider": ("openai2", "openai2"), "model": ("m", "m"),
     "token": ("t0k", "t0k"),
     "slo": ("success>=99%", ["success>=99%"]), "find-max": ("concurrency", "concurrency"),
-    "timestamp-unit": ("s", "s"), "trace-speed": ("2", 2.0), "order": ("shuffled", "shuffled"), "turns": ("3", 3),
+    "input-tokens": ("64,128", "64,128"), "prefix-tokens": ("50", 50), "timestamp-unit": ("s", "s"),
+    "trace-speed": ("2", 2.0), "order": ("shuffled", "shuffled"), "turns": ("3", 3),
     "output-tokens": ("64", 64), "dry-run": (None, True),
     "max-errors": ("5%", "5%"), "max-total-tokens": ("9000", 9000), "shard": ("1/4", "1/4"),
     "start-at": ("2999-01-02T03:04:05+08:00", "2999-01-01T19:04:05.000000Z"),
@@ -192,6 +193,9 @@ def test_flags_of_an_open_and_of_a_closed_loop_exclude_each_other(words, error):
 
 
 @pytest.mark.parametrize("words,error", [
+    (["--input-tokens", "64", "--workload-file", "x"], "leave --workload-file out"),
+    (["--input-tokens", "many"], "--input-tokens needs tokens such as 1024"),
+    (["--find-max", "rps", "--slo", "success>=99%", "--input-tokens", "64,128"], "one length of --input-tokens"),
     (["--slo", "tfft.p95<=1s"], "--slo has an unknown metric, tfft (did you mean ttft?)"),
     (["--slo", "ttft.p95<=800"], "--slo needs a limit of ttft in"),
     (["--find-max", "concurrency"], "--find-max needs at least one --slo"),
