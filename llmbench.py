@@ -2508,8 +2508,9 @@ def make_unique(prompt: Prompt, request_id: str) -> Prompt:
 COLUMNS = (
     "scheduled_ms", "start_ms", "end_ms", "queue_ms", "capped_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms",
     "ttft_slack_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms",
-    "chunks", "in_tokens", "cached_tokens", "reasoning_tokens", "out_tokens", "out_chars", "reasoning_chars",
-    "in_bytes", "out_bytes", "lag_ms", "rtt_ms", "retransmits", "out_of_order", "reused",
+    "chunks", "in_tokens", "in_tokens_target", "cached_tokens", "reasoning_tokens", "out_tokens", "out_tokens_target",
+    "out_chars", "reasoning_chars", "in_bytes", "out_bytes", "lag_ms", "rtt_ms", "retransmits", "out_of_order",
+    "reused",
 )  # fmt: skip
 DISTRIBUTIONS = (
     "ttft_ms", "ttfe_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms",
@@ -2938,6 +2939,22 @@ def count_tokens(rows: Sequence[Rows], mode: str) -> Dict[str, Any]:
     return block
 
 
+def count_lengths(rows: Rows) -> Optional[Dict[str, Any]]:
+    """The `lengths` block: mean lengths asked for and got, over successful requests that had a target; None without."""
+    columns, block, asked = rows.columns, {}, set()  # type: Tuple[Dict[str, array.array], Dict[str, Any], Set[int]]
+    for side in ("in", "out"):
+        pairs = zip(rows.status, columns[side + "_tokens_target"], columns[side + "_tokens"])
+        found = [(number, target, actual) for number, (status, target, actual) in enumerate(pairs)
+                 if status == "ok" and target == target and actual == actual]  # fmt: skip
+        if found:
+            asked.update(number for number, _, _ in found)
+            block[side + "_target"] = math.fsum(target for _, target, _ in found) / len(found)
+            block[side + "_actual"] = math.fsum(actual for _, _, actual in found) / len(found)
+        if found and side == "out":
+            block["out_short"] = sum(actual < target for _, target, actual in found)
+    return rounded({**block, "n": len(asked)}) if block else None
+
+
 def merge_errors(rows: Sequence[Rows]) -> List[Dict[str, Any]]:
     """The `errors` block: one entry for each status and cause, the commonest first."""
     merged: Dict[Tuple[str, str], Dict[str, Any]] = {}
@@ -2994,6 +3011,7 @@ def client_block(audits: Sequence[Mapping[str, Any]], rows: Sequence[Rows]) -> D
 CPU_LIMIT = 90.0  # % of one CPU: a process above it can't be shown to have kept up
 SHORT_RUN_MS = 1000.0  # the CPU share of less says nothing: starting and ending are part of it
 LATE_LIMIT = 1.0  # % of starts that came late by our own delay
+LENGTH_LIMIT = 2.0  # % that the mean prompt may be off the length asked for
 RATE_LIMIT = 2.0  # % that the starts of an open loop may fall short of its schedule's rate
 SHARE_LIMIT = 1.0  # % of requests from which on failures, cancellations and odd answers count
 CLOCK_LIMIT_MS = 100.0  # how far the clocks of hosts may be apart before the load of a stage is not one load any more
@@ -3082,8 +3100,27 @@ def sample_reasons(rows: Rows, stage: Mapping[str, Any], config: Mapping[str, An
             yield Reason("CAUTION", "few", {"n": success, "names": ", ".join(name.upper() for name in limited)})
         yield from answer_reasons(rows, success, config)
         yield from warmup_reasons(rows)
+    yield from length_reasons(stage.get("lengths", {}))
     if is_open(rows.load):
         yield from schedule_reasons(rows, stage["client"])
+
+
+def length_off(lengths: Mapping[str, Any], side: str) -> float:
+    """How far the mean length is off its target, in %: above 0 it is longer."""
+    target = lengths.get(side + "_target")
+    return round(100.0 * (lengths[side + "_actual"] / target - 1.0), 6) if target else 0.0
+
+
+def length_reasons(lengths: Mapping[str, Any]) -> Iterator[Reason]:
+    """Prompts or answers that are not as long as they were asked to be."""
+    off = length_off(lengths, "in")
+    if abs(off) > LENGTH_LIMIT:
+        values = {"off": abs(off), "actual": lengths["in_actual"], "target": lengths["in_target"]}
+        yield Reason("CAUTION", "input_longer" if off > 0 else "input_shorter", values)
+    short = part_of(lengths.get("out_short", 0), lengths.get("n", 0))
+    if short > SHARE_LIMIT:
+        values = {"share": short, "n": lengths["out_short"], "actual": lengths["out_actual"]}
+        yield Reason("CAUTION", "output_short", {**values, "target": lengths["out_target"]})
 
 
 def schedule_reasons(rows: Rows, client: Mapping[str, Any]) -> Iterator[Reason]:
@@ -3201,6 +3238,18 @@ def run_reasons(
         yield Reason("CAUTION", "clock", {"lag": lag})
 
 
+def stage_reasons(rows: Rows, stage: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[Reason]:
+    """The reasons of one stage. Above what a search found only this client's limits count, as a reservation.
+
+    A probe there was to fail; that this client was its limit bounds the search, not the figures of the load it found.
+    """
+    above = is_above(stage["load"], summary.get("find_max", {}))
+    for reason in client_reasons(rows, stage):
+        yield reason._replace(state="CAUTION") if above else reason
+    if not above:
+        yield from sample_reasons(rows, stage, summary["config"])
+
+
 def judge(summary: Mapping[str, Any], rows: Sequence[Rows]) -> Dict[str, Any]:
     """The verdict: `{state, reasons: [{state, key, values, streams}]}`; streams: of which stages, among several.
 
@@ -3212,21 +3261,27 @@ def judge(summary: Mapping[str, Any], rows: Sequence[Rows]) -> Dict[str, Any]:
     for reason in run_reasons(summary.get("end"), summary["client"], summary.get("merged", {})):
         found[reason.state, reason.key] = [(reason, {})]
     for stage, stage_rows, name in zip(summary["stages"], rows, load_names([stage.load for stage in rows])):
-        reasons = [*client_reasons(stage_rows, stage), *sample_reasons(stage_rows, stage, summary["config"])]
-        for reason in reasons:
+        for reason in stage_reasons(stage_rows, stage, summary):
             found.setdefault((reason.state, reason.key), []).append((reason, name))
     entries = []
     for (state, key), given in sorted(found.items(), key=lambda item: item[0][0] != "INVALID"):
         worst = max((reason for reason, _ in given), key=badness)
         entry: Dict[str, Any] = {"state": state, "key": key, "values": rounded(worst.values)}
-        names = [name for _, name in given if name]
-        if len(rows) > 1 and names and all(list(name) == ["concurrency"] for name in names):
-            entry["streams"] = [name["concurrency"] for name in names]
-        elif len(rows) > 1 and names:
-            entry["loads"] = names
+        entry.update(whose([name for _, name in given if name], len(rows)))
         entries.append(entry)
     states = {state for state, _ in found}
     return {"state": "INVALID" if "INVALID" in states else "CAUTION" if states else "VALID", "reasons": entries}
+
+
+def whose(names: Sequence[Mapping[str, float]], stages: int) -> Dict[str, Any]:
+    """Which of a run's stages a reason is of: their streams, or their loads where streams don't name them."""
+    once = {tuple((key, value) for key, value in name.items() if key != "again"): None for name in names}
+    loads = [dict(name) for name in once]  # a repeat of a load is not named again
+    if stages < 2 or not loads:
+        return {}
+    if all(list(load) == ["concurrency"] for load in loads):
+        return {"streams": [load["concurrency"] for load in loads]}
+    return {"loads": loads, "all_stages": stages} if len(names) == stages > 3 else {"loads": loads}
 
 
 def badness(reason: Reason) -> List[float]:
@@ -3247,6 +3302,7 @@ def summarize_stage(
     block["itl_ms"] = describe_histogram(rows.itl_hist, rows.itl_sum_ms, rows.itl_min_ms, rows.itl_max_ms)
     block["request_tps"] = describe([1000.0 / value for value in rows.successful("tpot_ms") if value > 0])
     block["tokens"] = count_tokens([rows], mode)
+    block["lengths"] = count_lengths(rows)
     block["throughput"] = throughput_of(rows, wall, mode, gates)
     block["errors"] = merge_errors([rows])
     mine = [audit for audit in audits if audit["stage"] == rows.stage]
@@ -3254,6 +3310,9 @@ def summarize_stage(
     limit = lag_limit_ms((block["ttft_ms"] or {}).get("p50"))
     block["client"]["late_percent"] = round(late_percent(rows, limit, firsts), 4)
     block["client"].update(rates_of(rows))
+    limited = [reason.key for reason in client_reasons(rows, block)]
+    if limited:
+        block["client"]["limited_by"] = limited
     if gates:
         block["slo"] = judge_gates(block, gates)
     return {key: value for key, value in block.items() if value is not None}
@@ -3352,7 +3411,7 @@ def judge_stage(lines: Iterable[Mapping[str, Any]], stage: int) -> Tuple[List[Di
             collector.add(line)
     config, rows = collector.header["config"], collector.rows()[-1]
     block = summarize_stage(rows, config["token_mode"], collector.audits, gates_of(config))
-    return block["slo"], any(True for _ in client_reasons(rows, block))
+    return block["slo"], "limited_by" in block["client"]
 
 
 def all_passed(summary: Mapping[str, Any]) -> bool:
@@ -3360,6 +3419,37 @@ def all_passed(summary: Mapping[str, Any]) -> bool:
     if "find_max" in summary:
         return summary["find_max"].get("load") is not None
     return all(entry["passed"] for entry in summary["slo"])
+
+
+def find_max(stages: Sequence[Mapping[str, Any]], kind: str) -> Dict[str, Any]:
+    """What a search for the highest load found: `{kind, load, confirmed, failed, probes}`; pure.
+
+    A probe passed if its stage passed every gate and this client was not its limit. `load` is the highest of which
+    every probe passed, as did those of every lower load; it is confirmed by a second probe. `failed` is the lowest load
+    of which a probe did not pass: `{stage, load}`, with `client: true` where this client was the limit. Either may be
+    absent.
+    """
+    probes: List[Dict[str, Any]] = []
+    for stage in stages:
+        limited = bool(stage["client"].get("limited_by"))
+        passed = bool(stage.get("slo")) and all(entry["passed"] for entry in stage["slo"]) and not limited
+        probe = {"stage": stage["stage"], "load": stage["load"].get(kind, 0), "passed": passed}
+        probes.append({**probe, "client": True} if limited else probe)
+    ordered = sorted(probes, key=lambda probe: (probe["load"], probe["passed"]))
+    failed = next((probe for probe in ordered if not probe["passed"]), None)
+    below = [probe["load"] for probe in ordered if failed is None or probe["load"] < failed["load"]]
+    found: Dict[str, Any] = {"kind": kind}
+    if below:
+        found["load"] = below[-1]
+    found["confirmed"] = len(below) > 1 and below[-2] == below[-1]
+    if failed is not None:
+        found["failed"] = {key: value for key, value in failed.items() if key != "passed"}
+    return {**found, "probes": probes}
+
+
+def is_above(load: Mapping[str, float], found: Mapping[str, Any]) -> bool:
+    """Whether a load lies above the highest that a search found; in a run that is no search nothing does."""
+    return "load" in found and load.get(found["kind"], 0) > found["load"]
 
 
 def noise_floor(selftest: Mapping[str, Any], streams: int) -> Dict[str, Any]:
@@ -3402,6 +3492,8 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     if collector.end is not None:
         summary["end"] = collector.end
     summary["config"] = config
+    if config.get("find_max") and gates:
+        summary["find_max"] = find_max(stages, config["find_max"])
     summary["verdict"] = judge(summary, rows)
     return summary
 # ==================================================================================================
@@ -6164,6 +6256,11 @@ class StageView:
         found = self.figures.get(metric)
         return found if isinstance(found, dict) and found.get("n") else {}
 
+    @property
+    def holds(self) -> bool:
+        """Whether it passed every gate and this client was not its limit."""
+        return not self.failed_gates and not (self.judged and self.figures.get("client", {}).get("limited_by"))
+
     def failed(self, metric: str, stat: str) -> bool:
         """Whether a gate on this figure failed."""
         return any(gate_metric(gate) == metric and gate.get("stat", stat) == stat for gate in self.failed_gates)
@@ -6249,6 +6346,32 @@ def gate_numbers(page: Page, stage: StageView, gate: Mapping) -> Tuple[Both, Bot
     return texts[0], texts[1]
 
 
+def gate_words(entry: Mapping[str, Any], value: Optional[float], extra: int = 0) -> str:
+    """A gate's limit or its measured value, with its unit."""
+    metric = gate_metric(entry)
+    if value is None:
+        return "–"
+    if metric in SHARES:
+        return percent_number(value / gate_scale(entry), extra) + " %"
+    return "%s %s" % (figure(value, 3 + extra), METRICS[metric].unit)
+
+
+def gate_name(texts: Mapping[str, str], entry: Mapping[str, Any]) -> str:
+    """What a gate is on, in the words of a language: TTFT P95."""
+    metric = gate_metric(entry)
+    return texts.get("metric." + metric, METRICS[metric].label) + (" " + entry["stat"].upper() if entry["stat"] else "")
+
+
+def gate_pair(entry: Mapping[str, Any]) -> Tuple[str, str]:
+    """Measured value and limit, with as many digits as it takes to tell them apart."""
+    limit, value = entry["limit"], entry.get("value")
+    for extra in range(5):
+        shown = gate_words(entry, value, extra), gate_words(entry, limit, extra)
+        if shown[0] != shown[1] or value == limit:
+            break
+    return shown
+
+
 OPERATORS = {"<=": "≤", ">=": "≥", "<": "<", ">": ">", "==": "="}
 
 
@@ -6328,6 +6451,12 @@ def level_keys(names: Sequence[Mapping[str, float]]) -> List[str]:
     return varied or ["rps" if is_open(names[0]) else "concurrency"]
 
 
+def in_order(stages: Sequence[StageView]) -> List[StageView]:
+    """The stages by what they differ in, as an axis has them."""
+    keys = level_keys([stage.name for stage in stages])
+    return sorted(stages, key=lambda stage: [stage.name.get(key, 0) for key in keys])
+
+
 def level_number(name: Mapping[str, float], key: str) -> str:
     """One number of a load: 16, 4.25, 131,072; a trace's rate is a mean and has three digits."""
     value = name.get(key, 1)
@@ -6381,16 +6510,19 @@ def shared_by(loads: Sequence[Mapping[str, float]], key: str) -> Optional[float]
 
 
 def load_levels(page: Page, stages: Sequence[StageView], config: Mapping) -> Both:
-    """The kind of load and its levels."""
+    """The kind of load and its levels; where more than the level differs, each number's values in turn."""
     loads, keys = [stage.rows.load for stage in stages], level_keys([stage.name for stage in stages])
     kind = "open" if stages[0].is_open else "closed"
     levels = joined_texts(page.said("list.comma"), [level(stage.name) for stage in stages])
     arrival = Both(*(arrival_words(texts, config, loads[0]) for texts in page.texts))
-    if len(stages) > 1 and keys[0] in ("rps", "concurrency") and len(keys) == 1:
+    if len(stages) > 1 and keys in (["rps"], ["concurrency"]):
         text = page.said("load.%s_stages" % kind, n=len(stages), levels=levels, arrival=arrival)
     elif len(stages) > 1:
-        listed = joined_texts("; ", [load_text(page, stage) for stage in stages])
-        text = page.said("load.%s_listed" % kind, n=len(stages), levels=listed, arrival=arrival)
+        listed = [page.said("load.values", values=joined_texts(page.said("list.comma"), dict.fromkeys(
+            level_number(load, key) for load in loads)), what=page.said("picker." + LEVELS[key]))
+            for key in LEVELS if any(key in load for load in loads)]
+        levels = joined_texts(page.said("list.semicolon"), listed)
+        return page.said("load.%s_listed" % kind, n=len(stages), levels=levels, arrival=arrival)
     elif kind == "open":
         text = page.said("load.open", rate=levels, arrival=arrival)
     else:
@@ -6399,7 +6531,7 @@ def load_levels(page: Page, stages: Sequence[StageView], config: Mapping) -> Bot
         value = shared_by(loads, key)
         if value is not None:
             text = page.said(word, load=text, n=count(value))
-    return text
+    return page.said("load.search", load=text) if config.get("find_max") else text
 
 
 def duration_text(page: Page, milliseconds: float) -> Both:
@@ -6509,8 +6641,11 @@ def reason_said(texts: Mapping[str, str], reason: Mapping[str, Any]) -> str:
     """A reason of the verdict in a language; numbers have the digits that the tables give them."""
     values = {name: figure(value) if isinstance(value, float) else value for name, value in reason["values"].items()}
     text = texts["reason." + reason["key"]].format(**values)
+    if "all_stages" in reason:
+        return texts["load.of"].format(loads=texts["load.all"].format(n=reason["all_stages"]), text=text)
     if "loads" in reason:
-        loads = texts["list.comma"].join(load_words(texts, name) for name in reason["loads"])
+        between = "list.comma" if all(len(name) == 1 for name in reason["loads"]) else "list.semicolon"
+        loads = texts[between].join(load_words(texts, name) for name in reason["loads"])
         return texts["load.of"].format(loads=loads, text=text)
     streams = reason.get("streams")
     if streams is None:
@@ -6600,16 +6735,51 @@ def next_fails(page: Page, stage: StageView) -> Both:
 
 def sentence_of_sweep(page: Page, stages: Sequence[StageView]) -> Both:
     """Up to which load every gate holds; where it isn't a question of "up to", which loads passed."""
+    stages, keys = in_order(stages), level_keys([view.name for view in stages])
     passing = [not view.failed_gates for view in stages]
     highest = passing.count(True)
-    if passing != [True] * highest + [False] * (len(stages) - highest):
-        return which_passed(page, stages)
     if not highest:
         return joined_texts("", (page.said("sentence.no_stage"), next_fails(page, stages[0])))
-    key = "sentence.up_to" if highest < len(stages) else "sentence.up_to_all"
+    if passing != [True] * highest + [False] * (len(stages) - highest) or (len(keys) > 1 and highest < len(stages)):
+        return which_passed(page, stages)
+    key = "sentence.up_to" if highest < len(stages) else "sentence.up_to_all" if len(keys) == 1 else "sentence.all"
     text = page.said(key, load=load_text(page, stages[highest - 1], concurrent=True),
                      where=what_holds(page, stages[highest - 1]))
     return joined_texts("", (text, next_fails(page, stages[highest]))) if highest < len(stages) else text
+
+
+def search_failures(texts: Mapping[str, str], stage: Mapping[str, Any]) -> Dict[str, Any]:
+    """How many gates of a stage failed, and which, with what was measured."""
+    failed = [entry for entry in stage.get("slo", ()) if not entry["passed"]]
+    named = [texts["failed_gate"].format(name=gate_name(texts, entry), value=gate_pair(entry)[0]) for entry in failed]
+    return {"k": len(failed), "n": len(stage.get("slo", ())), "failures": texts["list.comma"].join(named)}
+
+
+def search_place(texts: Mapping[str, str], stage: Mapping[str, Any]) -> str:
+    """What the endpoint did at the load that a search found."""
+    total, first = stage.get("throughput", {}).get("output_tokens_per_s"), stage.get("ttft_ms") or {}
+    parts = [texts["sentence.where_tokens"].format(total=figure(total) + " tok/s")] if known(total) else []
+    if quotable(first, "p50"):
+        parts.append(texts["sentence.where_began"].format(p50=scale_of(first).said(first["p50"])))
+    return texts["sentence.where"].format(parts=texts["sentence.and"].join(parts)) if parts else ""
+
+
+def search_words(texts: Mapping[str, str], summary: Mapping[str, Any]) -> str:
+    """What a search for the highest load found, in the words of a language."""
+    search = summary["find_max"]
+    kind, failed, blocks = search["kind"], search.get("failed"), {block["stage"]: block for block in summary["stages"]}
+    values: Dict[str, Any] = {}
+    if failed:
+        values.update(search_failures(texts, blocks[failed["stage"]]))
+        values["next"] = load_words(texts, {kind: failed["load"]})
+    if "load" in search:
+        found = [probe["stage"] for probe in search["probes"] if probe["load"] == search["load"]]
+        values["load"] = load_words(texts, {kind: search["load"]}, concurrent=True)
+        values["confirmed"] = texts["search.confirmed" if search["confirmed"] else "search.unconfirmed"]
+        values["where"] = search_place(texts, blocks[found[-1]])
+    key = "search.found" if "load" in search else "search.none"
+    key += "_open" if not failed else "_client" if failed.get("client") else ""
+    return texts[key].format(**values)
 
 
 def finished(stage: StageView) -> int:
@@ -6706,6 +6876,8 @@ def sentence(page: Page, summary: Mapping, stages: Sequence[StageView], stage: S
         return page.said("sentence.invalid")
     if not total:
         return sentence_of_none(page, summary)
+    if "find_max" in summary:
+        return Both(*(search_words(texts, summary) for texts in page.texts))
     if len(stages) > 1 and stage.gates:
         return sentence_of_sweep(page, stages)
     if stage.successes < 20:
@@ -6960,9 +7132,10 @@ def stage_row(page: Page, stage: StageView, keys: Sequence[str], columns: Sequen
     """The figures of one stage."""
     cells = [Cell(level(stage.name, keys))]
     if stage.gates:
-        state = "" if not stage.judged else "failed" if stage.failed_gates else "passed"
-        mark = {"passed": "✓ ", "failed": "✕ ", "": ""}[state]
-        cells.append(Cell(joined_texts("", (mark, page.said("gate." + state) if state else DASH)), state + " mark"))
+        state = "" if not stage.judged else "failed" if stage.failed_gates else "passed" if stage.holds else "client"
+        mark = {"passed": "✓ ", "failed": "✕ ", "client": "✕ ", "": ""}[state]
+        kind = "failed" if state == "client" else state
+        cells.append(Cell(joined_texts("", (mark, page.said("gate." + state) if state else DASH)), kind + " mark"))
     bad = any(gate_metric(gate) == "success_rate" for gate in stage.failed_gates)
     cells.append(Cell(percent(stage.requests.get("success_rate")), "number failed" if bad else "number"))
     for column in columns:
@@ -7000,11 +7173,15 @@ def throughput_rank(stage: StageView) -> Tuple[float, float]:
     return tokens if known(tokens) else 0.0, throughput.get("rps", 0.0)
 
 
-def choose_stage(stages: Sequence[StageView]) -> Tuple[StageView, str]:
-    """The stage that the page opens with, and why: the highest load that passed every gate."""
+def choose_stage(stages: Sequence[StageView], search: Mapping) -> Tuple[StageView, str]:
+    """The stage that the page opens with, and why: the highest load that passed every gate, or that a search found."""
+    found = [stage for stage in stages if "load" in search and stage.rows.load.get(search["kind"]) == search["load"]]
+    if found:
+        return found[-1], "chosen.passed"
+    stages = in_order(stages)
     if not any(stage.gates for stage in stages):
         return max(stages, key=throughput_rank), "chosen.throughput"
-    passed = [stage for stage in stages if not stage.failed_gates]
+    passed = [stage for stage in stages if stage.holds]
     return (passed[-1], "chosen.passed") if passed else (stages[0], "chosen.none")
 
 
@@ -7484,12 +7661,6 @@ def failures_over_time(page: Page, stage: StageView, buckets: Buckets) -> Option
 # Several stages
 
 
-def in_order(stages: Sequence[StageView]) -> List[StageView]:
-    """The stages by what they differ in, as an axis has them."""
-    keys = level_keys([stage.name for stage in stages])
-    return sorted(stages, key=lambda stage: [stage.name.get(key, 0) for key in keys])
-
-
 def load_spec(page: Page, stages: Sequence[StageView], kind: str, unit: Text) -> Dict:
     """What every chart over load shares; where stages differ in more than one number they stand side by side."""
     keys = level_keys([stage.name for stage in stages])
@@ -7534,7 +7705,7 @@ def trade_off(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
     spec.update(x=page.said("axis.tokens_each"),
                 points=[[rounded_to(each), rounded_to(total)] for each, total in pairs],
                 labels=[load_text(page, stages[0])] + [level(stage.name, keys) for stage in stages[1:]],
-                failed=[bool(stage.failed_gates) for stage in stages])
+                failed=[bool(stage.gates) and not stage.holds for stage in stages])
     words = joined_texts("; ", (page.said("failed_gate", name=load_text(page, stage), value="%s, %s" % (
         figure(each), figure(total))) for stage, (each, total) in zip(stages, pairs)))
     return Chart(spec, page.said("finding.load", name=page.said("panel.tradeoff"), figures=words),
@@ -7674,11 +7845,40 @@ def distribution_section(page: Page, stage: StageView, charts: Charts, several: 
                    stage if several else None, shown)
 
 
+def signed_percent(value: float) -> Both:
+    """A deviation: +0.1 %, −2.4 %."""
+    text = "%s%.1f" % ("\u2212" if value < 0 else "+", abs(value))
+    return Both(text + "\u00a0%", text + "%")
+
+
+def lengths_panel(page: Page, stage: StageView) -> Markup:
+    """Prompts and answers as long as they were asked to be, or not; nothing where no length was asked for."""
+    lengths, rows = stage.figures.get("lengths", {}), []
+    for side in ("in", "out"):
+        if side + "_target" in lengths:
+            off = length_off(lengths, side)
+            kept = abs(off) <= LENGTH_LIMIT if side == "in" else None
+            short = lengths.get("out_short") if side == "out" else None
+            cells = [Cell(page.said("lengths." + side)), Cell(count(lengths[side + "_target"]), "number"),
+                     Cell(count(lengths[side + "_actual"]), "number"),
+                     Cell(signed_percent(off), "number" if kept is not False else "number failed"),
+                     Cell(count(short) if short is not None else "", "number"), Cell(count(lengths["n"]), "number")]
+            rows.append(("", cells))
+    if not rows:
+        return Markup("")
+    head = heads(page, "lengths.tokens", "lengths.target", "lengths.actual", "lengths.off", "lengths.short", "column.n")
+    return page.fill("plain_panel", kind="wide", title=page.said("panel.lengths"), sub=page.said("panel.lengths.sub"),
+                     tools="", content=table(page, head, rows, "lengths"))
+
+
 def where_section(page: Page, stage: StageView, charts: Charts, several: bool, shown: bool) -> Markup:
     """In which phases the time went, and on what it depends."""
     before = len(charts)
     panels = grid(page, WHERE_PANELS, charts, "%d-" % stage.number, stage)
-    return section(page, "where", panels, "", stage if several else None, shown) if len(charts) > before else Markup("")
+    lengths = lengths_panel(page, stage)
+    if len(charts) == before and not lengths:
+        return Markup("")
+    return section(page, "where", joined((panels, lengths)), "", stage if several else None, shown)
 
 
 def time_section(page: Page, stage: StageView, charts: Charts, several: bool, shown: bool) -> Markup:
@@ -7910,7 +8110,8 @@ def trust_section(page: Page, summary: Mapping, stages: Sequence[StageView], end
                    for title, content in (("client", client_table(page, summary, stages, end)),
                                           ("network", network_table(page, stages))))
     content = page.fill("grid", panels=joined((left, right)))
-    return section(page, "trust", content, page.said("section.trust.sub"))
+    return section(page, "trust", content, page.said("section.trust.search" if "find_max" in summary else
+                                                     "section.trust.sub"))
 
 
 # Set-up
@@ -8041,16 +8242,18 @@ def stage_picker(page: Page, stages: Sequence[StageView], shown: StageView) -> M
     buttons = joined(page.fill(
         "pick", number=stage.number, pressed="true" if stage is shown else "false",
         text=level(stage.name, keys),
-        mark=page.fill("cross") if stage.failed_gates else "") for stage in stages)
+        mark="" if stage.holds or not stage.gates else page.fill("cross")) for stage in stages)
     return page.fill("picker", before=page.said("picker.before"), buttons=buttons,
                      after=level_words(page, "picker", keys))
 
 
 def load_section(page: Page, stages: Sequence[StageView], charts: Charts) -> Markup:
     """How the endpoint behaves under load, where there are several loads."""
+    stages = in_order(stages)
     totals = [stage.figures.get("throughput", {}).get("output_tokens_per_s", 0) or 0 for stage in stages]
-    knee = any(stage.failed_gates for stage in stages) or any(
-        later < earlier for earlier, later in zip(totals, totals[1:]))
+    over_level = level_keys([stage.name for stage in stages]) in (["rps"], ["concurrency"])
+    knee = over_level and (any(stage.failed_gates for stage in stages) or any(
+        later < earlier for earlier, later in zip(totals, totals[1:])))
     content = grid(page, LOAD_PANELS, charts, "run-", stages)
     return section(page, "stages", content, page.said("section.stages.knee" if knee else "section.stages.sub"))
 
@@ -8118,7 +8321,7 @@ def render_report(summary: Mapping, header: Mapping, rows: Sequence["Rows"],
                   end: Optional[Mapping], assets: Mapping[str, Union[bytes, str]]) -> str:
     """report.html, complete: from summary.json, the header of results.jsonl, the measured requests and the assets."""
     page, stages, charts = read_page(assets), stage_views(summary, rows), {}  # type: Page, List[StageView], Charts
-    shown, reason = choose_stage(stages)
+    shown, reason = choose_stage(stages, summary.get("find_max", {}))
     body = body_of(page, summary, stages, shown, end, charts)
     setup = setup_section(page, summary, header)
     echarts, script = asset_text(assets, "echarts.min.js"), asset_text(assets, "report.js")
@@ -8915,38 +9118,31 @@ def headline_rows(block: Mapping[str, Any], texts: Mapping[str, str]) -> List[Li
         rows.append(
             [texts["terminal.chars"], figure(throughput["output_chars_per_s"]), texts["terminal.chars_per_s"]]
         )
+    rows += length_rows(block.get("lengths", {}), texts)
     rows.append([texts["terminal.wall_time"], figure(block["wall_time_ms"] / 1000.0), "s"])
     return rows
 
 
-def gate_words(entry: Mapping[str, Any], value: Optional[float], extra: int = 0) -> str:
-    """A gate's limit or its measured value, with its unit."""
-    metric = gate_metric(entry)
-    if value is None:
-        return "–"
-    if metric in SHARES:
-        return percent_number(value, extra) + " %"
-    return "%s %s" % (figure(value, 3 + extra), METRICS[metric].unit)
-
-
-def gate_pair(entry: Mapping[str, Any]) -> Tuple[str, str]:
-    """Measured value and limit, with as many digits as it takes to tell them apart."""
-    limit, value = entry["limit"], entry.get("value")
-    for extra in range(5):
-        shown = gate_words(entry, value, extra), gate_words(entry, limit, extra)
-        if shown[0] != shown[1] or value == limit:
-            break
-    return shown
+def length_rows(lengths: Mapping[str, Any], texts: Mapping[str, str]) -> List[List[str]]:
+    """Mean lengths of prompts and answers beside what was asked for."""
+    rows = []
+    for side, name in (("in", texts["terminal.length.in"]), ("out", texts["terminal.length.out"])):
+        if side + "_target" in lengths:
+            values = {"target": count(lengths[side + "_target"]), "off": "%+.1f" % length_off(lengths, side)}
+            target = texts["terminal.length.target"].format(**values)
+            row = [name, count(lengths[side + "_actual"]), "tok", target]
+            short = lengths.get("out_short") if side == "out" else 0
+            rows.append([*row, texts["terminal.length.short"].format(n=count(short)) if short else ""])
+    return rows
 
 
 def gate_cells(
     block: Mapping[str, Any], entry: Mapping[str, Any], texts: Mapping[str, str], judged: bool
 ) -> List[str]:
     """One gate of the table: result, name, measured, required, n; † marks a percentile of limited meaning."""
-    metric, stat = gate_metric(entry), entry["stat"]
-    limited = stat in ((block.get(metric) or {}).get("limited") or ())
+    limited = entry["stat"] in ((block.get(gate_metric(entry)) or {}).get("limited") or ())
     value, limit = gate_pair(entry)
-    name = texts.get("metric." + metric, METRICS[metric].label) + (" " + stat.upper() if stat else "")
+    name = gate_name(texts, entry)
     result = texts["terminal.gate.passed" if entry["passed"] else "terminal.gate.failed"] if judged else "–"
     return [result, name, value + ("†" if limited else ""), "%s %s" % (entry["op"], limit), "{:,}".format(entry["n"])]
 
@@ -9030,12 +9226,15 @@ def summary_lines(summary: Mapping[str, Any], texts: Mapping[str, str], paint: C
     if "merged" in summary:
         lines += wrapped(printable(texts["from.merged"].format(**merged_values(summary["merged"]))), 98, "")
     lines += [""] + verdict_lines(summary["verdict"], texts, paint)
-    names = load_names([stage["load"] for stage in summary["stages"]])
     judged = summary["verdict"]["state"] != "INVALID"
+    if "find_max" in summary and judged:
+        said = wrapped(search_words(texts, summary).replace("**", ""), 98, "")
+        lines += [""] + [paint("bold", line) for line in said]
+    names = load_names([stage["load"] for stage in summary["stages"]])
     for stage, name in zip(summary["stages"], names):
         lines += ["", paint("bold", stage_title(stage["load"], name, summary.get("config", {}), texts))]
         lines += stage_lines(stage, texts, paint)
-        lines += gate_lines(stage, texts, paint, judged)
+        lines += gate_lines(stage, texts, paint, judged and not stage["client"].get("limited_by"))
     if any(is_open(stage["load"]) and stage["requests"]["success"] for stage in summary["stages"]):
         lines += [""] + wrapped(texts["open.quote"], 98, "  ")
     lines += summary_notes(summary, texts, paint)

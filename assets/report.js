@@ -379,8 +379,10 @@
     const y = yAxis(highest, say(spec.y), left);
     const series = spec.series.map(function (one) {
       return {type: 'line', name: one.name, symbol: 'circle', symbolSize: 6, clip: false, z: 3,
-        lineStyle: {color: colour(one.colour), width: 1.8}, itemStyle: {color: colour(one.colour)},
-        label: one.labels ? Object.assign({show: true, position: 'top', formatter: function (hit) { return figure(hit.value[1]); }},
+        lineStyle: {color: colour(one.colour), width: spec.names ? 0 : 1.8}, itemStyle: {color: colour(one.colour)},
+        label: one.labels ? Object.assign({show: true, position: 'top', formatter: function (hit) {  // of a repeat only the last is named
+          return logs[hit.dataIndex + 1] === hit.value[0] ? '' : figure(hit.value[1]);
+        }},
           textStyle('ink')) : {show: false},
         data: one.values.map(function (value, index) { return [logs[index], value]; })};
     });
@@ -394,7 +396,8 @@
       })));
     }
     if (limits.length) series.push(limitLines(limits, low));
-    return option({grid: frame(left, named ? 44 : 26, 30, 44), xAxis: x, yAxis: y, series: series,
+    const end = spec.names ? width(spec.names[spec.names.length - 1]) / 2 + 4 : 0;
+    return option({grid: frame(left, Math.max(named ? 44 : 26, end), 30, 44), xAxis: x, yAxis: y, series: series,
       tooltip: tooltip('item', function (hit) {
         return lines([label(hit.value[0]) + ' · ' + say(spec.x), (hit.seriesName[0] === 'P' ? hit.seriesName + ' ' : '') +
           figure(hit.value[1]) + ' ' + say(spec.y)]);
@@ -425,16 +428,17 @@
     const highest = Math.max.apply(null, ys), left = leftOf(highest), most = Math.max.apply(null, xs), step = roundStep(most, 7);
     const high = Math.ceil(most / step - 1e-9) * step;
     const ticks = ticksBetween(0, high, Math.max(3, Math.floor((look.width - left) / 60)));
+    const labelWidth = function (index) { return width(say(spec.labels[index])) + (spec.failed[index] ? 16 : 0); };
     const stages = {type: 'custom', z: 4, clip: false, encode: {x: 0, y: 1}, data: spec.points,
       renderItem: function (params, api) {
         const index = params.dataIndex, failed = spec.failed[index], at = api.coord(spec.points[index]), plot = params.coordSys;
-        const left = at[0] + width(say(spec.labels[index])) + 14 > look.width;
+        const left = at[0] + labelWidth(index) + 14 > look.width;
         const beside = spec.points.some(function (point, other) {
           const spot = api.coord(point);
           return other !== index && Math.abs(spot[1] - at[1]) < 13 && (left ? at[0] - spot[0] : spot[0] - at[0]) > 0 &&
             Math.abs(spot[0] - at[0]) < 30;
         });
-        const flip = left !== beside;
+        const flip = left || (beside && at[0] - plot.x > labelWidth(index) + 12);
         return {type: 'group', children: [
           {type: 'circle', shape: {cx: at[0], cy: at[1], r: failed ? 5 : 6}, style: {fill: failed ? colour('paper') : colour('a'),
             stroke: failed ? colour('bad') : colour('a'), lineWidth: failed ? 2 : 0}},
@@ -442,11 +446,12 @@
             align: flip ? 'right' : 'left', verticalAlign: 'middle', fill: colour(failed ? 'bad' : 'ink'),
             fontWeight: 600, fontSize: 12, fontFamily: FONT, stroke: colour('paper'), lineWidth: 3}}]};
       }};
-    const right = look.width < 500 ? width(say(spec.labels[0])) + 22 : 20;
+    const last = spec.points.map(function (point, index) { return point[0] > 0.85 * high && index ? labelWidth(index) : 0; });
+    const right = Math.max(look.width < 500 ? width(say(spec.labels[0])) + 22 : 20, Math.max.apply(null, last) + 22);
     return option({grid: frame(left, right, 30, 44), xAxis: xAxis(0, high, ticks, tick, say(spec.x)),
       yAxis: yAxis(highest, say(spec.y), left),
-      series: [{type: 'line', silent: true, showSymbol: false, lineStyle: {color: colour('rule2'), width: 1.2},
-        data: spec.points, tooltip: {show: false}}, stages],
+      series: [{type: 'line', silent: true, showSymbol: false,
+        lineStyle: {color: colour('rule2'), width: spec.names ? 0 : 1.2}, data: spec.points, tooltip: {show: false}}, stages],
       tooltip: tooltip('item', function (hit) {
         return lines([say(spec.labels[hit.dataIndex]), figure(xs[hit.dataIndex]) + ' · ' + say(spec.x),
           figure(ys[hit.dataIndex]) + ' · ' + say(spec.y)]);

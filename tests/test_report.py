@@ -503,7 +503,7 @@ class TestLoads:
         assert "names" not in chart and "linear" not in charts_of(page)["run-load_throughput"]
         assert self.picker(page) == ["1,024", "8,192", "131,072"]
         english, chinese = both_languages(page)
-        assert "Closed loop, 3 stages: 8 streams, 1,024 input tokens; 8 streams, 8,192 input tokens" in english
+        assert "Closed loop, 3 stages: 8 streams; 1,024, 8,192, 131,072 input tokens" in english
         assert "Distribution · 8 streams, 131,072 input tokens" in english
         assert "分布 · 8 路，输入 131,072 token" in chinese
 
@@ -525,6 +525,88 @@ class TestLoads:
         page = loaded((("rps", 4.0),), (("rps", 4.0),))[1]
         assert charts_of(page)["run-load_throughput"]["loads"] == [4.0, 4.0]
         assert "linear" not in charts_of(page)["run-load_throughput"]
+
+
+def searching(*probes, language="en"):
+    """A search: probes are (streams, how slow); its summary and page."""
+    stages = [loaded_stage(number, {"concurrency": load}, 40, slow=slow) for number, (load, slow) in enumerate(probes)]
+    run = reported(loaded_run(*stages, slo=["ttft.p50<=400ms", "success>=99%"], find_max="concurrency"), language)
+    return run[0], llmbench.render_report(*run, assets=assets())
+
+
+class TestSearch:
+    """A search for the highest load leads with what it found, and shows every probe."""
+
+    PROBES = ((1, 1), (2, 1), (8, 4), (4, 1), (4, 1))
+
+    def test_the_sentence(self):
+        english, chinese = both_languages(searching(*self.PROBES)[1])
+        assert re.search(r"4 concurrent streams +is the highest load that passed every gate, "
+                         r"confirmed by a second stage, where the endpoint writes [\d,]+ tok/s and half of the answers "
+                         r"begin within \d+ ms\. "
+                         r"At 8 streams 1 of 2 gates failed \(TTFT P50 \d+ ms\)\.", english)
+        assert re.search(r"全部门限达标的最高负载为 +4 路并发 ?（已由第二次测量确认）", chinese)
+        assert "Every gate holds" not in english and "in search of the highest" in english
+
+    def test_the_page_opens_with_the_confirmation(self):
+        page = searching(*self.PROBES)[1]
+        assert set(re.findall(r'<div class="stage" data-stage="(\d)" >', page)) == {"4"}
+        assert "the stage with 4 streams (no. 2), the highest load that passed every gate" in Page(page).text
+
+    def test_every_probe_is_on_the_curves(self):
+        charts = charts_of(searching(*self.PROBES)[1])
+        assert charts["run-load_ttft"]["loads"] == [1, 2, 4, 4, 8]
+        assert charts["run-tradeoff"]["failed"] == [False] * 4 + [True]
+
+    def test_a_client_that_was_the_limit_is_said(self):
+        lines = loaded_run(*(loaded_stage(number, {"concurrency": 2 ** number}, 40) for number in range(3)),
+                           slo=["ttft.p50<=9s"], find_max="concurrency")
+        next(line for line in lines if line.get("audit", {}).get("stage") == 2)["audit"]["cpu_percent"] = 99.0
+        summary, *rest = reported(lines)
+        english, chinese = both_languages(llmbench.render_report(summary, *rest, assets=assets()))
+        assert summary["verdict"]["state"] == "CAUTION" and summary["find_max"]["load"] == 2
+        assert "At 4 streams this client, not the endpoint, was the limit" in english and "✕ client" in english
+        assert "瓶颈在本客户端而非服务端" in chinese and "✕ 客户端" in chinese
+
+    def test_nothing_passed(self):
+        english, _ = both_languages(searching((2, 9), (1, 9))[1])
+        assert "No load passed every gate." in english and "At 1 stream, the lowest that did not" in english
+
+
+class TestLengths:
+    """Lengths asked for and got."""
+
+    def test_they_stand_in_a_table(self):
+        stage = loaded_stage(n=100, load={"concurrency": 8, "input_tokens": 2048})
+        for number, line in enumerate(line for line in stage if "request_id" in line):
+            line.update(in_tokens=2148, in_tokens_target=2048, out_tokens=150 - (number < 3), out_tokens_target=150)
+        page = llmbench.render_report(*reported(loaded_run(stage)), assets=assets())
+        table = page[page.index('<table class="lengths">'):].partition("</table>")[0] + "</table>"
+        assert "prompt 2,048 2,148 +4.9 % 100 answer 150 150 −0.0 % 3 100" in re.sub(r"\s+", " ", Page(table).text)
+        assert "lengths" not in "".join(re.findall(r'<table class="(\w+)">', loaded((("rps", 4.0),))[1]))
+
+
+class TestSweeps:
+    """What a sweep's sentence claims holds whatever the order of its stages."""
+
+    def test_stages_in_falling_order(self):
+        loads = enumerate((8, 4, 2))
+        stages = [loaded_stage(number, {"concurrency": load}, 40, slow=load / 4) for number, load in loads]
+        run = reported(loaded_run(*stages, slo=["ttft.p50<=300ms"]))
+        page = llmbench.render_report(*run, assets=assets())
+        assert "Every gate holds up to 4 concurrent streams" in Page(page).text
+        assert "the stage with 4 streams, the highest load that passed every gate" in Page(page).text
+
+    def grid(self, slow, gate):
+        """The text of a report over loads and lengths."""
+        stages = [loaded_stage(number, dict(load), 40, slow=slow[number]) for number, load in enumerate(GRID)]
+        return Page(llmbench.render_report(*reported(loaded_run(*stages, slo=[gate])), assets=assets())).text
+
+    def test_loads_and_lengths_have_no_up_to(self):
+        text = self.grid([1, 1, 1, 4], "ttft.p50<=900ms")
+        assert "not at 8 streams, 8,192 input tokens" in text and "up to" not in text.partition("Success rate")[0]
+        text = self.grid([9, 9, 9, 9], "ttft.p50<=90ms")
+        assert "No load passed every gate. At 1 stream, 1,024 input tokens 1 of 1 gates fail" in text
 
 
 def chromium():

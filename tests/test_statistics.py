@@ -9,7 +9,7 @@ import random
 import statistics
 
 import pytest
-from made_records import collect, made_run, record, rows_of, with_gaps
+from made_records import collect, loaded_run, loaded_stage, made_run, record, rows_of, with_gaps
 
 import llmbench
 
@@ -660,3 +660,66 @@ def test_an_earlier_selftest_is_quoted_at_the_most_streams_that_an_open_loop_had
     collector.header["selftest"] = {"errors": levels}
     assert llmbench.streams_in(collector.rows()[0]) == 10
     assert llmbench.summarize(collector)["client"]["selftest"]["streams"] == 10
+
+
+# --- the highest load -------------------------------------------------------------------------------------------------
+
+
+def searched(probes, kind="concurrency"):
+    """What a search found: probes are (load, "ok", "bad" or "client"), in their order."""
+    stages = [
+        {"stage": number, "load": {kind: load}, "slo": [{"passed": True}, {"passed": said != "bad"}],
+         "client": {"limited_by": ["cpu"]} if said == "client" else {}}
+        for number, (load, said) in enumerate(probes)
+    ]  # fmt: skip
+    return llmbench.find_max(stages, kind)
+
+
+@pytest.mark.parametrize("probes,load,confirmed,failed", [
+    ("1ok 2ok 4ok 8bad 6ok 6ok", 6, True, {"stage": 3, "load": 8}),
+    ("1ok 2ok 4ok 8bad 6ok", 6, False, {"stage": 3, "load": 8}),
+    ("1ok 2ok 4ok 8bad 6ok 6bad", 4, False, {"stage": 5, "load": 6}),  # not every probe of it passed
+    ("1ok 2bad 4ok 8ok", 1, False, {"stage": 1, "load": 2}),  # not every lower load passed
+    ("1ok 2ok 2ok", 2, True, None), ("4bad", None, False, {"stage": 0, "load": 4}),
+    ("4bad 2bad 1bad", None, False, {"stage": 2, "load": 1}),
+    ("1ok 2client 1ok", 1, True, {"stage": 1, "load": 2, "client": True}),
+    ("1client", None, False, {"stage": 0, "load": 1, "client": True}), ("", None, False, None),
+])  # fmt: skip
+def test_the_highest_load_of_which_and_below_which_everything_passed(probes, load, confirmed, failed):
+    pairs = [(int(probe.rstrip("okbadclient")), probe.lstrip("0123456789")) for probe in probes.split()]
+    found = searched(pairs)
+    assert (found.get("load"), found["confirmed"], found.get("failed")) == (load, confirmed, failed)
+    assert [(probe["stage"], probe["load"], probe["passed"]) for probe in found["probes"]] == [
+        (number, load, said == "ok") for number, (load, said) in enumerate(pairs)]  # fmt: skip
+
+
+def test_a_search_is_in_the_summary_of_one_only():
+    lines = loaded_run(*(loaded_stage(i, {"rps": rate}, 30) for i, rate in enumerate((1.0, 2.0))), slo=["ttft.p95<=9s"])
+    assert "find_max" not in llmbench.summarize(collect(lines[1:], slo=["ttft.p95<=9s"]))
+    assert "find_max" not in llmbench.summarize(collect(lines[1:], find_max="rps"))  # nothing was asked of it
+    found = llmbench.summarize(collect(lines[1:], find_max="rps", slo=["ttft.p95<=9s"]))["find_max"]
+    assert list(found) == ["kind", "load", "confirmed", "probes"] and (found["kind"], found["load"]) == ("rps", 2.0)
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
+def test_lengths_are_means_over_what_had_a_target():
+    lines = [record(0, tokens=100, in_tokens=2050, in_tokens_target=2048, out_tokens_target=100),
+             record(1, tokens=90, in_tokens=2046, in_tokens_target=2048, out_tokens_target=100),
+             record(2, tokens=110, in_tokens=4100, in_tokens_target=4096, out_tokens_target=100), record(3, tokens=7),
+             record(4, status="timeout", in_tokens=9, in_tokens_target=2048, out_tokens=9, out_tokens_target=100)]
+    assert llmbench.count_lengths(rows_of(lines)) == {
+        "in_target": round(8192 / 3, 4), "in_actual": 2732.0, "out_target": 100.0, "out_actual": 100.0, "out_short": 1,
+        "n": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("more,block", [
+    ({}, None), ({"in_tokens_target": 24, "in_tokens": None}, None),
+    ({"in_tokens_target": 24}, {"in_target": 24.0, "in_actual": 12.0, "n": 1}),
+    ({"out_tokens_target": 90}, {"out_target": 90.0, "out_actual": 90.0, "out_short": 0, "n": 1}),
+])  # fmt: skip
+def test_without_a_target_there_are_no_lengths(more, block):
+    assert llmbench.count_lengths(rows_of([record(**more)])) == block
+    assert llmbench.summarize(collect([record(**more)])).get("lengths") == block

@@ -260,6 +260,29 @@ def test_the_tables_of_an_open_loop_fit_the_terminal(texts):
     assert max(llmbench.text_width(line) for line in made if "://" not in line) <= 100
 
 
+@pytest.mark.parametrize("slow,said", [
+    ((1, 1, 4, 1), "2 concurrent streams is the highest load that passed every gate, confirmed by a second stage"),
+    ((1, 1, 4), "2 concurrent streams is the highest load that passed every gate, not confirmed by a second stage"),
+    ((4,), "No load passed every gate. At 1 stream, the lowest that did not, 1 of 1 gates failed (TTFT P50"),
+    ((1, 1), "2 concurrent streams passed every gate, not confirmed by a second stage"),
+])  # fmt: skip
+def test_a_search_leads_with_what_it_found(slow, said):
+    loads = (1, 2, 4, 2)
+    stages = [loaded_stage(number, {"concurrency": loads[number]}, 30, slow=one) for number, one in enumerate(slow)]
+    text = re.sub(r"\s+", " ", shown(loaded_run(*stages, find_max="concurrency", slo=["ttft.p50<=400ms"])))
+    assert text.count(said) == 1 and "**" not in text
+    assert text.index(said) < text.index("Gates")
+
+
+def test_lengths_stand_beside_what_was_asked_for():
+    stage = loaded_stage(n=100, load={"concurrency": 8, "input_tokens": 2048})
+    for number, line in enumerate(line for line in stage if "request_id" in line):
+        line.update(in_tokens=2048 + 41, in_tokens_target=2048, out_tokens=150 - (number < 3), out_tokens_target=150)
+    text = shown(loaded_run(stage))
+    assert re.search(r"Prompt length +2,089  tok  asked for 2,048 \(\+2\.0 %\)\n", text)
+    assert re.search(r"Answer length +150  tok  asked for 150 \(-0\.0 %\)  3 came shorter\n", text)
+
+
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 

@@ -166,7 +166,7 @@ def test_each_reason_in_the_code_has_its_text_and_each_text_its_reason():
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Reason"]
     named = {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}
     named |= {"lag_ms", "ttft_slack_ms", "compressed", "not_streamed", "buffered", "no_finish", "repeated"}
-    named |= {"rate_cap", "rate_client", "rate_connect", "rate_dropped"}
+    named |= {"rate_cap", "rate_client", "rate_connect", "rate_dropped", "input_longer", "input_shorter"}
     for texts in TEXTS.values():
         assert {key[len("reason.") :] for key in texts if key.startswith("reason.")} - {"stage"} == named
 
@@ -246,3 +246,69 @@ def test_a_reason_of_open_stages_names_their_rates():
     assert few["loads"] == [{"rps": 2.0}, {"rps": 4.5}] and "streams" not in few
     assert llmbench.reason_said(TEXTS["en"], few).startswith("2 req/s, 4.5 req/s: 50 successful")
     assert llmbench.reason_said(TEXTS["zh"], few).startswith("2 次/秒、4.5 次/秒：")
+
+
+# --- a search for the highest load ------------------------------------------------------------------------------------
+
+GATE = ["ttft.p95<=500ms"]
+
+
+def probe(stage, load, change=None, cpu=20.0):
+    """The lines of one probe of a search."""
+    plan = {"stage": {"index": stage, "load": {"concurrency": load}}}
+    answers = [good(number, stage=stage, **(change or {})) for number in range(1000)]
+    return [plan, *answers, audit(stage=stage, cpu_percent=cpu)]
+
+
+SLOW = {"ttft_ms": 900.0, "finish_reason": None}
+
+
+def search(*probes):
+    lines = [line for lines in probes for line in lines]
+    summary = llmbench.summarize(collect([*lines, DONE], find_max="concurrency", slo=GATE, concurrency=[1]))
+    reasons = [(reason["key"], reason.get("streams")) for reason in summary["verdict"]["reasons"]]
+    return summary["find_max"].get("load"), summary["verdict"]["state"], reasons
+
+
+def test_what_is_odd_above_the_load_that_was_found_is_no_reason():
+    assert search(probe(0, 1), probe(1, 2), probe(2, 4, SLOW), probe(3, 2)) == (2, "VALID", [])
+
+
+def test_what_is_odd_at_the_load_that_was_found_is():
+    odd = {"finish_reason": None}
+    assert search(probe(0, 1), probe(1, 2, odd), probe(2, 4, SLOW)) == (2, "CAUTION", [("no_finish", [2])])
+    assert search(probe(0, 1, SLOW)) == (None, "CAUTION", [("no_finish", None)])
+
+
+def test_a_client_that_was_the_limit_above_the_load_that_was_found_bounds_the_search():
+    assert search(probe(0, 1), probe(1, 2, cpu=97.0), probe(2, 1)) == (1, "CAUTION", [("cpu", [2])])
+
+
+def test_a_client_that_was_the_limit_from_the_start_makes_the_run_invalid():
+    assert search(probe(0, 1, cpu=97.0), probe(1, 2)) == (None, "INVALID", [("cpu", [1])])
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change,share,key",
+    [
+        ({"in_tokens": 103}, 1.0, "input_longer"),
+        ({"in_tokens": 97}, 1.0, "input_shorter"),
+        ({"out_tokens": 20}, 0.011, "output_short"),
+    ],
+)
+def test_lengths_that_are_not_what_was_asked_for(change, share, key):
+    asked = {"in_tokens": 100, "in_tokens_target": 100, "out_tokens_target": 21}
+    lines = [good(number, **{**asked, **(change if number < share * 1000 else {})}) for number in range(1000)]
+    assert verdict([*lines, audit(), DONE]) == ("CAUTION", [key])
+
+
+@pytest.mark.parametrize(
+    ("change", "share"), [({"in_tokens": 102}, 1.0), ({"out_tokens": 20}, 0.01), ({"out_tokens": 22}, 1.0)]
+)
+def test_lengths_that_are_near_enough(change, share):
+    asked = {"in_tokens": 100, "in_tokens_target": 100, "out_tokens_target": 21}
+    lines = [good(number, **{**asked, **(change if number < share * 1000 else {})}) for number in range(1000)]
+    assert verdict([*lines, audit(), DONE]) == ("VALID", [])
