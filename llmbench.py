@@ -2315,15 +2315,16 @@ def fit_lengths(pairs: Sequence[Tuple[int, int]]) -> Fit:
     """The line through pairs of characters and reported input tokens; ValueError when there is none.
 
     Weighted least squares: the tokens of a text scatter with the root of its length, so that a pair weighs 1 / length.
+    math.fsum: the sum of floats changed with Python 3.12, and hosts of one run are to agree.
     """
     if len({chars for chars, _ in pairs}) < 2:
         raise ValueError("input tokens of at least two texts of different lengths are needed")
     weights = [1.0 / chars for chars, _ in pairs]
-    total = sum(weights)
-    mean_chars = sum(weight * chars for weight, (chars, _) in zip(weights, pairs)) / total
-    mean_tokens = sum(weight * tokens for weight, (_, tokens) in zip(weights, pairs)) / total
-    spread = sum(weight * (chars - mean_chars) ** 2 for weight, (chars, _) in zip(weights, pairs))
-    joint = sum(w * (chars - mean_chars) * (tokens - mean_tokens) for w, (chars, tokens) in zip(weights, pairs))
+    total = math.fsum(weights)
+    mean_chars = math.fsum(weight * chars for weight, (chars, _) in zip(weights, pairs)) / total
+    mean_tokens = math.fsum(weight * tokens for weight, (_, tokens) in zip(weights, pairs)) / total
+    spread = math.fsum(weight * (chars - mean_chars) ** 2 for weight, (chars, _) in zip(weights, pairs))
+    joint = math.fsum(w * (chars - mean_chars) * (tokens - mean_tokens) for w, (chars, tokens) in zip(weights, pairs))
     fit = Fit(mean_tokens - joint / spread * mean_chars, joint / spread)
     off = [abs(tokens - fit.tokens_for(chars)) > 4.0 + 0.1 * tokens for chars, tokens in pairs]
     if fit.slope <= 0.0 or any(off):
