@@ -3005,6 +3005,109 @@ def client_block(audits: Sequence[Mapping[str, Any]], rows: Sequence[Rows]) -> D
     return block
 
 
+# Drift. Did the slow end of a long stage shift for good? Its requests are cut, in the order of their starts, into
+# windows of equal size. Each is put by the geometric mean of its slowest fifth, which is steadier than its P95, and
+# only by the rank of that among the windows: a heavy tail or one spike moves a rank or two. The best split into
+# before and after is a rank-sum test's, its z lessened by how much one window resembles the next, since neighbours
+# that do are worth less. A shift counts when it is certain, when P95 moved enough to matter, and when it lasts: each
+# third of what came before lies on the one side of the middle, each third of what came after on the other. A bump
+# that returns does not.
+
+DRIFT_MS = 60_000.0  # a shorter stage has no time to drift
+DRIFT_WINDOWS, DRIFT_WINDOW = 60, 20  # at most so many windows, of at least so many requests
+DRIFT_REQUESTS = 1000  # fewer can't tell a shift of two fifths from chance
+DRIFT_Z = 4.2  # of the best of all splits: with the other two, none of thousands of simulated steady runs has it
+DRIFT_SHARE = 20.0  # % that P95 must have moved
+DRIFT_KEPT = 0.5  # the part of the shift by which each third of a side must be on its side
+
+
+class Shift(NamedTuple):
+    """A lasting shift: when it began, the median P95 of the windows before and after, over how many requests."""
+
+    moment: float
+    before: float
+    after: float
+    n: int
+
+
+def middle_of(values: Sequence[float]) -> float:
+    """The median."""
+    return percentiles(values)["p50"]
+
+
+def slow_end(window: Sequence[float]) -> float:
+    """The logarithm of the geometric mean of the slowest fifth of sorted values."""
+    slowest = window[-max(1, len(window) // 5) :]
+    return math.fsum(math.log(max(value, 1e-9)) for value in slowest) / len(slowest)
+
+
+def ranks_of(values: Sequence[float]) -> List[float]:
+    """Ranks from 1 on; equal values share the mean of theirs."""
+    ordered = sorted(values)
+    return [(bisect.bisect_left(ordered, value) + bisect.bisect_right(ordered, value) + 1) / 2 for value in values]
+
+
+def best_split(ranks: Sequence[float]) -> Tuple[int, float]:
+    """Where before and after differ most, with a fifth of the windows on either side at least, and the test's z."""
+    number = len(ranks)
+    sums = list(itertools.accumulate(ranks))
+    scores = {
+        split: (sums[split - 1] - split * (number + 1) / 2) / math.sqrt(split * (number - split) * (number + 1) / 12)
+        for split in range(number // 5, number - number // 5 + 1)
+    }
+    split = max(scores, key=lambda place: abs(scores[place]))
+    sides = (ranks[:split], ranks[split:])
+    rests = [rank - math.fsum(side) / len(side) for side in sides for rank in side]
+    square = math.fsum(rest * rest for rest in rests)
+    alike = math.fsum(one * next_one for one, next_one in zip(rests, rests[1:])) / square if square else 0.0
+    alike = min(0.9, max(0.0, alike))
+    return split, abs(scores[split]) * math.sqrt((1 - alike) / (1 + alike))
+
+
+def trimmed_mean(values: Sequence[float]) -> float:
+    """The mean without the lowest and the highest fifth."""
+    ordered, cut = sorted(values), len(values) // 5
+    return math.fsum(ordered[cut : len(ordered) - cut]) / (len(ordered) - 2 * cut)
+
+
+def lasts(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether each third of either side lies on its own side: nowhere in between is most of the shift undone."""
+    low, high = trimmed_mean(before), trimmed_mean(after)
+    for side, own, other in ((before, low, high), (after, high, low)):
+        for part in range(3):
+            third = trimmed_mean(side[part * len(side) // 3 : (part + 1) * len(side) // 3])
+            if own == other or (third - other) / (own - other) < DRIFT_KEPT:
+                return False
+    return True
+
+
+def find_shift(pairs: Sequence[Tuple[float, float]]) -> Optional[Shift]:
+    """The lasting shift in (start, value) pairs ordered by start; None where there is none, or too little to tell."""
+    if len(pairs) < DRIFT_REQUESTS:
+        return None
+    number = min(DRIFT_WINDOWS, len(pairs) // DRIFT_WINDOW)
+    bounds = [index * len(pairs) // number for index in range(number + 1)]
+    windows = [sorted(value for _, value in pairs[low:high]) for low, high in zip(bounds, bounds[1:])]
+    ends = [slow_end(window) for window in windows]
+    split, z = best_split(ranks_of(ends))
+    if z < DRIFT_Z or not lasts(ends[:split], ends[split:]):
+        return None
+    p95s = [percentiles(window)["p95"] for window in windows]
+    before, after = middle_of(p95s[:split]), middle_of(p95s[split:])
+    if before <= 0 or abs(100.0 * after / before - 100.0) < DRIFT_SHARE:
+        return None
+    return Shift(pairs[bounds[split]][0], before, after, len(pairs))
+
+
+def span_words(milliseconds: float) -> str:
+    """A time span for a sentence: 3 h 10 min, 12 min 30 s, 45 s."""
+    seconds = round(milliseconds / 1000.0)
+    minutes, hours = seconds // 60, seconds // 3600
+    if hours:
+        return "%d h %d min" % (hours, minutes % 60)
+    return "%d min %d s" % (minutes, seconds % 60) if minutes else "%d s" % seconds
+
+
 # The verdict. Can the measurement be trusted? INVALID for client causes alone: then the client, not the endpoint, was
 # the limit. CAUTION where a figure has to be read with a reservation. A reason is a key with the values of its text;
 # its words, with what to do about it, stand in the message files under `reason.KEY`, once in each language.
@@ -3102,8 +3205,27 @@ def sample_reasons(rows: Rows, stage: Mapping[str, Any], config: Mapping[str, An
         yield from answer_reasons(rows, success, config)
         yield from warmup_reasons(rows)
     yield from length_reasons(stage.get("lengths", {}))
+    yield from drift_reasons(rows, stage["wall_time_ms"])
     if is_open(rows.load):
         yield from schedule_reasons(rows, stage["client"])
+
+
+def drift_reasons(rows: Rows, wall: float) -> Iterator[Reason]:
+    """A lasting shift of TTFT or latency within a stage: one percentile describes neither part of it."""
+    if wall < DRIFT_MS:
+        return
+    starts = rows.columns["start_ms"]
+    zero = min(start for start in starts if start == start)
+    for metric, key in (("ttft", "drift"), ("latency", "drift_latency")):
+        columns = zip(rows.status, starts, rows.columns[metric + "_ms"])
+        pairs = [(start, value) for status, start, value in columns if status == "ok" and value == value]
+        shift = find_shift(sorted(pairs))
+        if shift is None:
+            continue
+        values: Dict[str, Any] = {"share": abs(100.0 * shift.after / shift.before - 100.0)}
+        values.update(before=shift.before, after=shift.after, metric=metric, n=shift.n)
+        values.update(change="rose" if shift.after > shift.before else "fell", at=span_words(shift.moment - zero))
+        yield Reason("CAUTION", key, values)
 
 
 def length_off(lengths: Mapping[str, Any], side: str) -> float:
@@ -6640,7 +6762,8 @@ def reason_text(page: Page, reason: object) -> Text:
 
 def reason_said(texts: Mapping[str, str], reason: Mapping[str, Any]) -> str:
     """A reason of the verdict in a language; numbers have the digits that the tables give them."""
-    values = {name: figure(value) if isinstance(value, float) else value for name, value in reason["values"].items()}
+    values = {name: figure(value) if isinstance(value, float) else texts.get("value.%s" % value, value)
+              for name, value in reason["values"].items()}
     text = texts["reason." + reason["key"]].format(**values)
     if "all_stages" in reason:
         return texts["load.of"].format(loads=texts["load.all"].format(n=reason["all_stages"]), text=text)
@@ -9120,7 +9243,9 @@ def headline_rows(block: Mapping[str, Any], texts: Mapping[str, str]) -> List[Li
             [texts["terminal.chars"], figure(throughput["output_chars_per_s"]), texts["terminal.chars_per_s"]]
         )
     rows += length_rows(block.get("lengths", {}), texts)
-    rows.append([texts["terminal.wall_time"], figure(block["wall_time_ms"] / 1000.0), "s"])
+    seconds = block["wall_time_ms"] / 1000.0
+    clock_time = "(%s)" % short_duration(seconds) if seconds >= 600 else ""
+    rows.append([texts["terminal.wall_time"], figure(seconds), "s", clock_time])
     return rows
 
 

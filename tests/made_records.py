@@ -92,7 +92,7 @@ def write_lines(directory, lines):
 def loaded_stage(index=0, load=None, n=200, seed=1, slow=1.0, zero=0.0, **more):
     """The lines of a stage that runs at its load: plan, requests, audit. Open loops are Poisson; a cap makes them wait.
 
-    `slow` stretches the times; `more` goes into every record.
+    `slow` stretches the times, evenly or as a function of how far the stage is; `more` goes into every record.
     """
     load = load or {"rps": 4.0}
     draw, moment = random.Random(seed * 1000 + index), zero
@@ -105,10 +105,11 @@ def loaded_stage(index=0, load=None, n=200, seed=1, slow=1.0, zero=0.0, **more):
         else:
             moment = slots[slot]
         capped = max(0.0, slots[slot] - moment)
+        stretch = slow(number / n) if callable(slow) else slow
         begin = moment + capped + 0.05
-        wait = slow * (80 + draw.lognormvariate(4.5, 0.5) + 0.02 * load.get("input_tokens", 0))
+        wait = stretch * (80 + draw.lognormvariate(4.5, 0.5) + 0.02 * load.get("input_tokens", 0))
         tokens = min(256, max(8, int(draw.lognormvariate(4.4, 0.5))))
-        step = slow * draw.gauss(15.6, 1.0)
+        step = stretch * draw.gauss(15.6, 1.0)
         first = begin + wait
         end = first + step * (tokens - 1)
         slots[slot] = end

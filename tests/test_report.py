@@ -573,6 +573,38 @@ class TestSearch:
         assert "No load passed every gate." in english and "At 1 stream, the lowest that did not" in english
 
 
+@functools.lru_cache(maxsize=1)
+def soaked():
+    """Ten hours in which the times rose by two fifths after four: the summary and the page."""
+    stage = loaded_stage(0, {"rps": 0.1}, 3600, slow=lambda share: 1.4 if share > 0.4 else 1.0)
+    run = reported(loaded_run(stage))
+    return run[0], llmbench.render_report(*run, assets=assets())
+
+
+class TestSoak:
+    """A run of hours: its charts stay small and their axis has hours."""
+
+    def test_its_charts_over_time_are_bounded(self):
+        page = soaked()[1]
+        charts = [chart for name, chart in charts_of(page).items() if name.startswith("0-time")]
+        assert len(charts) == 5
+        for chart in charts:
+            assert 8 <= chart["number"] <= 60 and 34_000 < chart["step"] * chart["number"] < 40_000
+            assert all(len(one["values"]) <= 60 for one in chart["series"])
+        assert "Each point covers 10:00 min" in Page(page).text or "Each point covers 15:00 min" in Page(page).text
+
+    def test_the_shift_stands_in_the_charts_and_in_the_verdict(self):
+        summary, page = soaked()
+        values = [value for value in charts_of(page)["0-time_ttft"]["series"][1]["values"] if value is not None]
+        early, late = values[: len(values) // 3], values[len(values) // 2 :]
+        assert sum(late) / len(late) > 1.25 * sum(early) / len(early)
+        assert [reason["key"] for reason in summary["verdict"]["reasons"]] == ["drift", "drift_latency"]
+        english, chinese = both_languages(page)
+        assert re.search(r"P95 TTFT rose [34]\d\.\d % from [34] h \d+ min on and stayed there", english)
+        assert re.search(r"自 [34] h \d+ min 起 P95 总时延上升", chinese)
+        assert re.search(r"wall time +\d+:\d\d:\d\d h", english)
+
+
 class TestLengths:
     """Lengths asked for and got."""
 

@@ -546,9 +546,9 @@ def test_goodput_has_gates_of_its_own():
 
 
 def test_the_share_of_goodput_is_not_rounded_to_a_limit_that_it_misses():
-    lines = [record(i, i + 100, i + 1000) for i in range(99_999)] + [record(0, status="timeout")]
+    lines = [record(i, i + 100, i + 1000) for i in range(19_999)] + [record(0, status="timeout")]
     share, _ = goodput("ttft.p95<=300ms", lines=lines)
-    assert share == 0.99999
+    assert share == 0.99995
 
 
 # --- open loop --------------------------------------------------------------------------------------------------------
@@ -723,3 +723,102 @@ def test_lengths_are_means_over_what_had_a_target():
 def test_without_a_target_there_are_no_lengths(more, block):
     assert llmbench.count_lengths(rows_of([record(**more)])) == block
     assert llmbench.summarize(collect([record(**more)])).get("lengths") == block
+
+
+# --- drift ------------------------------------------------------------------------------------------------------------
+
+TAILS = {
+    "log-normal": lambda draw: draw.lognormvariate(5, 0.8), "exponential": lambda draw: 50 + draw.expovariate(1 / 200),
+    "heavy": lambda draw: 100 * draw.paretovariate(1.5), "very skew": lambda draw: draw.lognormvariate(5, 1.2),
+    "two modes": lambda draw: draw.gauss(200, 20) if draw.random() < 0.9 else draw.gauss(900, 100),
+}  # fmt: skip
+
+
+def soak(seed, tail="log-normal", n=6000, stretch=lambda share, draw: 1.0):
+    """Requests a second apart, their times stretched as a function of how far the run is."""
+    draw = random.Random(seed)
+    return [(1000.0 * i, TAILS[tail](draw) * stretch(i / n, draw)) for i in range(n)]
+
+
+def wobble():
+    """A level that comes and goes: each request's is mostly that of the one before."""
+    level = 0.0
+
+    def stretch(_, draw):
+        nonlocal level
+        level = 0.97 * level + draw.gauss(0, 0.06)
+        return math.exp(level)
+
+    return stretch
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_stationary_run_has_no_shift_however_heavy_its_tail(tail):
+    assert [seed for seed in range(200) if llmbench.find_shift(soak(seed, tail, n=2500))] == []
+
+
+def test_a_rise_of_two_fifths_is_found_in_every_run():
+    for seed in range(200):
+        turn = 0.25 + 0.5 * random.Random(-seed).random()
+        shift = llmbench.find_shift(soak(seed, stretch=lambda share, _, turn=turn: 1.4 if share >= turn else 1.0))
+        assert shift is not None, seed
+        assert abs(shift.moment / 6_000_000 - turn) < 0.12 and 1.2 < shift.after / shift.before < 1.65, seed
+
+
+@pytest.mark.parametrize("tail", ["exponential", "heavy", "very skew"])
+def test_a_rise_is_found_in_a_long_run_with_a_heavy_tail(tail):
+    for seed in range(8):
+        assert llmbench.find_shift(soak(seed, tail, 20_000, lambda share, _: 1.4 if share > 0.4 else 1.0)), seed
+
+
+def bump(share, seed):
+    """A rise that comes and is gone again within the run, like a busy hour of the day."""
+    draw = random.Random(seed)
+    width = draw.uniform(0.04, 0.15)
+    middle = draw.uniform(0.1 + 2 * width, 0.9 - 2 * width)
+    return 1 + draw.uniform(0.4, 1.5) * math.exp(-(((share - middle) / width) ** 2))
+
+
+@pytest.mark.parametrize("name,stretch", [
+    ("a bump that returns", lambda seed: lambda share, _: bump(share, seed)),
+    ("one spike", lambda seed: lambda share, _: 6.0 if 0.2 + seed / 500 < share < 0.25 + seed / 500 else 1.0),
+    ("a slow start", lambda seed: lambda share, _: 3.0 if share < 0.05 else 1.0),
+    ("a slow end", lambda seed: lambda share, _: 3.0 if share > 0.95 else 1.0),
+    ("day and night", lambda seed: lambda share, _: 1 + 0.5 * math.sin(share * 2 * math.pi * 3 + seed)),
+])  # fmt: skip
+def test_what_does_not_last_is_no_shift(name, stretch):
+    assert [seed for seed in range(200) if llmbench.find_shift(soak(seed, n=3000, stretch=stretch(seed)))] == []
+
+
+def test_levels_that_come_and_go_within_minutes_are_hardly_ever_taken_for_a_shift():
+    assert sum(llmbench.find_shift(soak(seed, n=3000, stretch=wobble())) is not None for seed in range(200)) <= 1
+
+
+def test_a_shift_too_small_to_matter_is_none():
+    stretch = lambda share, _: 1.08 if share > 0.5 else 1.0  # noqa: E731
+    assert [seed for seed in range(30) if llmbench.find_shift(soak(seed, n=20_000, stretch=stretch))] == []
+
+
+def test_a_fall_and_a_slow_rise_are_shifts_too():
+    fall = llmbench.find_shift(soak(1, stretch=lambda share, _: 0.6 if share > 0.5 else 1.0))
+    assert fall.after < 0.75 * fall.before
+    rise = llmbench.find_shift(soak(1, stretch=lambda share, _: 1.0 + share))
+    assert rise.after > 1.3 * rise.before
+
+
+@pytest.mark.parametrize("pairs", [[], [(0.0, 1.0)], [(float(i), 5.0) for i in range(5000)], soak(1, n=999),
+                                   [(float(i), 0.0) for i in range(2000)]])  # fmt: skip
+def test_too_little_or_nothing_that_differs_has_no_shift(pairs):
+    assert llmbench.find_shift(pairs) is None
+
+
+def test_ranks_share_ties():
+    assert llmbench.ranks_of([5.0, 1.0, 5.0, 9.0]) == [2.5, 1.0, 2.5, 4.0]
+
+
+@pytest.mark.parametrize("milliseconds,words", [
+    (45_000, "45 s"), (59_600, "1 min 0 s"), (750_000, "12 min 30 s"), (11_400_000, "3 h 10 min"),
+    (90_000_000, "25 h 0 min"),
+])  # fmt: skip
+def test_a_time_span_in_words(milliseconds, words):
+    assert llmbench.span_words(milliseconds) == words

@@ -166,7 +166,8 @@ def test_each_reason_in_the_code_has_its_text_and_each_text_its_reason():
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Reason"]
     named = {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}
     named |= {"lag_ms", "ttft_slack_ms", "compressed", "not_streamed", "buffered", "no_finish", "repeated"}
-    named |= {"rate_cap", "rate_client", "rate_connect", "rate_dropped", "input_longer", "input_shorter"}
+    named |= {"rate_cap", "rate_client", "rate_connect", "rate_dropped", "input_longer", "input_shorter",
+              "drift", "drift_latency"}
     for texts in TEXTS.values():
         assert {key[len("reason.") :] for key in texts if key.startswith("reason.")} - {"stage"} == named
 
@@ -312,3 +313,32 @@ def test_lengths_that_are_near_enough(change, share):
     asked = {"in_tokens": 100, "in_tokens_target": 100, "out_tokens_target": 21}
     lines = [good(number, **{**asked, **(change if number < share * 1000 else {})}) for number in range(1000)]
     assert verdict([*lines, audit(), DONE]) == ("VALID", [])
+
+
+# --- drift ------------------------------------------------------------------------------------------------------------
+
+
+def soaked(turn, n=2000, gap=60.0, **shifted):
+    """Answers every `gap` ms whose times change at a moment, as a share of the run."""
+    return [good(number, start_ms=number * gap, scheduled_ms=number * gap, **(shifted if number >= turn * n else {}))
+            for number in range(n)]  # fmt: skip
+
+
+def test_a_lasting_rise_says_when_and_by_how_much():
+    lines = [*soaked(0.25, ttft_ms=150.0), audit(), DONE]
+    assert verdict(lines) == ("CAUTION", ["drift"])
+    (reason,) = llmbench.summarize(collect(lines))["verdict"]["reasons"]
+    assert reason["values"] == {"share": 50.0, "before": 100.0, "after": 150.0, "metric": "ttft", "n": 2000,
+                                "change": "rose", "at": "30 s"}  # fmt: skip
+    assert llmbench.reason_said(TEXTS["en"], reason).startswith(
+        "P95 TTFT rose 50.0 % from 30 s on and stayed there: 100 ms before, 150 ms after")
+    assert llmbench.reason_said(TEXTS["zh"], reason).startswith("自 30 s 起 P95 TTFT上升 50.0%")
+
+
+def test_latency_has_a_reason_of_its_own():
+    assert verdict([*soaked(0.5, latency_ms=600.0), audit(), DONE]) == ("CAUTION", ["drift_latency"])
+    assert verdict([*soaked(0.5, ttft_ms=150.0, latency_ms=1600.0), audit(), DONE])[1] == ["drift", "drift_latency"]
+
+
+def test_a_stage_below_a_minute_does_not_drift():
+    assert verdict([*soaked(0.5, gap=29.0, ttft_ms=150.0), audit(), DONE]) == ("VALID", [])
