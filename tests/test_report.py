@@ -714,6 +714,16 @@ class TestBrowser:
             chart = part.partition("<p class=\"finding\"")[0]
             assert "<canvas" in chart or len(re.findall("<(?:path|text|circle)", chart)) > 8, chart[:200]
 
+    @pytest.mark.parametrize("loads", [
+        LADDER, GRID, ((("rps", 4.0),),) * 2, ((("concurrency", 2),), (("concurrency", 1),)) * 2,
+    ], ids=["lengths", "loads and lengths", "one load twice", "two loads twice"])  # fmt: skip
+    def test_curves_over_any_loads_are_drawn(self, loads, tmp_path):
+        page, console = opened(tmp_path, loaded(*loads)[1])
+        assert console == []
+        root = re.search(r"<html[^>]*>", page).group()
+        assert "data-failure" not in root and "NaN" not in page.partition("<body")[2].partition("<script")[0]
+        assert re.search(r'data-places="(\d+)"', root).group(1) == re.search(r'data-charts="(\d+)"', root).group(1)
+
     def test_the_buttons(self, tmp_path):
         page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", made("sweep")[1])
         page, console = opened(tmp_path, page.rpartition("</body>")[0] + BUTTONS + "</body></html>")
