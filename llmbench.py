@@ -41,6 +41,7 @@ import errno
 import functools
 import gc
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -2500,6 +2501,7 @@ def make_unique(prompt: Prompt, request_id: str) -> Prompt:
 # `Collector` takes the lines of results.jsonl one by one and keeps measured requests in columns, one
 # `Rows` a stage: arrays of doubles of equal length, NaN where a value is not known, so that a million
 # requests fit in memory. `summarize` makes summary.json of them; the report draws from the same rows.
+# A list of a million floats is four times its array: at most a few columns are lists at any moment.
 # Nothing here reads a clock or a file, and nothing prints.
 #
 # Percentiles are `statistics.quantiles(method="inclusive")`: linear interpolation between the two
@@ -2510,8 +2512,7 @@ COLUMNS = (
     "scheduled_ms", "start_ms", "end_ms", "queue_ms", "capped_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms",
     "ttft_slack_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms",
     "chunks", "in_tokens", "in_tokens_target", "cached_tokens", "reasoning_tokens", "out_tokens", "out_tokens_target",
-    "out_chars", "reasoning_chars", "in_bytes", "out_bytes", "lag_ms", "rtt_ms", "retransmits", "out_of_order",
-    "reused",
+    "out_chars", "rtt_ms", "retransmits", "out_of_order", "reused",
 )  # fmt: skip
 DISTRIBUTIONS = (
     "ttft_ms", "ttfe_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms",
@@ -2554,9 +2555,9 @@ def describe(values: Sequence[float]) -> Optional[Dict[str, Any]]:
     n = len(values)
     if not n:
         return None
+    mean = math.fsum(values) / n  # exact in any order; in the values' own, memory is read as it lies
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1)) if n > 1 else 0.0
     ordered = sorted(values)
-    mean = math.fsum(ordered) / n
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in ordered) / (n - 1)) if n > 1 else 0.0
     figures: Dict[str, Any] = {"n": n, "mean": mean, "stdev": spread, "min": ordered[0]}
     figures.update(percentiles(ordered))
     figures["max"] = ordered[-1]
@@ -2602,6 +2603,11 @@ def histogram_quantile(ordered: Sequence[Tuple[int, int]], n: int, share: float)
     return low or 0.0
 
 
+RECORDED = tuple(name for name in COLUMNS if name != "end_ms")  # what a column takes from a record as it stands
+UNKNOWN = itertools.repeat(NAN)
+WAITING = 512 * len(RECORDED)  # values, 90 kB of them: they stay in the processor's cache
+
+
 class Rows:
     """The measured requests of one stage in columns of equal length, in the file's order; NaN is not known."""
 
@@ -2609,8 +2615,10 @@ class Rows:
         self.stage = stage
         self.load = load
         self.status: List[str] = []
-        self.columns: Dict[str, array.array] = {name: array.array("d") for name in COLUMNS}
-        self.itl_hist: Dict[int, int] = {}
+        self._columns: Dict[str, array.array] = {name: array.array("d") for name in COLUMNS}
+        self._answered = bytearray()  # 1 for each successful request, 0 for another
+        self._waiting = array.array("d")  # the last records one after the other, not yet in their columns
+        self._gaps: Dict[str, int] = {}  # how many lie in each bucket, the bucket as a record's JSON names it
         self.itl_sum_ms, self.itl_min_ms, self.itl_max_ms = 0.0, math.inf, 0.0
         self.errors: Dict[Tuple[str, str], Dict[str, Any]] = {}
         self.warmup = 0
@@ -2624,10 +2632,10 @@ class Rows:
     def add(self, record: Mapping[str, Any], end_ms: Optional[float]) -> None:
         """One measured record; `end_ms` is when it was over, from the run's zero."""
         status = sys.intern(record["status"])
+        self._add_values(record)
+        self._columns["end_ms"].append(NAN if end_ms is None else end_ms)
         self.status.append(status)
-        for name, column in self.columns.items():
-            value = end_ms if name == "end_ms" else record.get(name)
-            column.append(NAN if value is None else value)
+        self._answered.append(status == "ok")
         if "clock" in record:
             self.clocks.add(record["clock"])
         if status == "ok":
@@ -2636,9 +2644,42 @@ class Rows:
         else:
             self._add_error(status, record)
 
+    def _add_values(self, record: Mapping[str, Any]) -> None:
+        """The recorded values, at first row by row: one call for a record, not one for each of its values."""
+        waiting = self._waiting
+        held = len(waiting)
+        try:
+            waiting.extend(map(record.get, RECORDED, UNKNOWN))
+        except TypeError:  # a null, or a text, which the columns refuse once more
+            del waiting[held:]
+            waiting.extend([NAN if value is None else value for value in map(record.get, RECORDED)])
+        if held >= WAITING:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Moves what waits into its columns."""
+        for place, name in enumerate(RECORDED):
+            self._columns[name].extend(self._waiting[place :: len(RECORDED)])
+        del self._waiting[:]
+
+    @property
+    def columns(self) -> Dict[str, array.array]:
+        """The columns by name."""
+        if self._waiting:
+            self._settle()
+        return self._columns
+
+    @property
+    def itl_hist(self) -> Dict[int, int]:
+        """The inter-chunk gaps of the successful requests, one histogram."""
+        merged: Dict[int, int] = collections.defaultdict(int)
+        for bucket, count in self._gaps.items():
+            merged[int(bucket)] += count
+        return dict(merged)
+
     def successful(self, name: str) -> List[float]:
         """The known values of a column over successful requests."""
-        return [value for value, status in zip(self.columns[name], self.status) if status == "ok" and value == value]
+        return [value for value in itertools.compress(self.columns[name], self._answered) if value == value]
 
     def total(self, name: str) -> int:
         """The sum of a count column over successful requests."""
@@ -2646,11 +2687,16 @@ class Rows:
 
     def count(self, *statuses: str) -> int:
         """How many requests ended with one of these statuses."""
-        return sum(1 for status in self.status if status in statuses)
+        return sum(self.status.count(status) for status in statuses)
 
     def _add_gaps(self, record: Mapping[str, Any]) -> None:
+        gaps = self._gaps
         for bucket, count in (record.get("itl_hist") or {}).items():
-            self.itl_hist[int(bucket)] = self.itl_hist.get(int(bucket), 0) + count
+            try:
+                gaps[bucket] += count
+            except KeyError:
+                int(bucket)  # what is no number is refused here, where its line is known
+                gaps[bucket] = 0 + count
         if "itl_sum_ms" in record:
             self.itl_sum_ms += record["itl_sum_ms"]
             self.itl_min_ms = min(self.itl_min_ms, record["itl_min_ms"])
@@ -2690,8 +2736,8 @@ def is_buffered(record: Mapping[str, Any]) -> bool:
     count = sum(gaps.values())
     if count < 8 or "latency_ms" not in record:
         return False
-    short = sum(number for bucket, number in gaps.items() if int(bucket) <= BURST_BUCKET)
-    return short >= 0.9 * count and record["itl_sum_ms"] < 0.05 * record["latency_ms"]
+    quick = record.get("itl_sum_ms", math.inf) < 0.05 * record["latency_ms"]  # of few answers: asked first
+    return quick and sum(number for bucket, number in gaps.items() if int(bucket) <= BURST_BUCKET) >= 0.9 * count
 
 
 def error_key(err: str) -> str:
@@ -2833,20 +2879,31 @@ def rates_of(rows: Rows) -> Dict[str, float]:
     return {"requested_rps": round(requested, 4), "achieved_rps": round(achieved, 4)}
 
 
+def sorted_spans(rows: Rows) -> Tuple[List[float], List[float]]:
+    """When the requests that were sent started, and when they ended, in ms, each in order."""
+    starts = sorted(start for start in rows.columns["start_ms"] if start == start)
+    spans = zip(rows.columns["start_ms"], rows.columns["end_ms"])
+    return starts, sorted(end for start, end in spans if start == start)
+
+
 def streams_in(rows: Rows) -> int:
     """The streams of a stage: its concurrency, or the most that an open loop had in flight."""
     if not is_open(rows.load):
         return int(rows.load["concurrency"])
-    spans = [span for span in zip(rows.columns["start_ms"], rows.columns["end_ms"]) if span[0] == span[0]]
-    changes = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
-    return max(itertools.accumulate(change for _, change in changes), default=1)
+    starts, ends = sorted_spans(rows)
+    ended, most = 0, 1
+    for started, moment in enumerate(starts, 1):
+        while ended < started and ends[ended] <= moment:
+            ended += 1
+        most = max(most, started - ended)
+    return most
 
 
 def wall_ms(rows: Rows) -> float:
     """First measured start to last measured end of a stage, in ms."""
-    starts = [value for value in rows.columns["start_ms"] if value == value]
-    ends = [end for end, start in zip(rows.columns["end_ms"], rows.columns["start_ms"]) if start == start]
-    return max(ends) - min(starts) if starts else 0.0
+    first = min((start for start in rows.columns["start_ms"] if start == start), default=0.0)
+    spans = zip(rows.columns["start_ms"], rows.columns["end_ms"])
+    return max((end for start, end in spans if start == start), default=first) - first
 
 
 def steady_window(rows: Rows) -> Optional[Tuple[float, float]]:
@@ -2855,20 +2912,17 @@ def steady_window(rows: Rows) -> Optional[Tuple[float, float]]:
     An open loop is never full: there the window begins when the request that started first has ended.
     """
     if is_open(rows.load):
-        pairs = [pair for pair in zip(rows.columns["start_ms"], rows.columns["end_ms"]) if pair[0] == pair[0]]
-        begin, end = min(pairs, default=(0.0, 0.0))[1], max(pairs, default=(0.0, 0.0))[0]
+        spans = zip(rows.columns["start_ms"], rows.columns["end_ms"])
+        begin = min((span for span in spans if span[0] == span[0]), default=(0.0, 0.0))[1]
+        end = max((start for start in rows.columns["start_ms"] if start == start), default=0.0)
         return (begin, end) if begin < end else None
-    changes = []
-    for start, end in zip(rows.columns["start_ms"], rows.columns["end_ms"]):
-        if start == start:
-            changes.append((start, 1))
-            changes.append((end, -1))
-    changes.sort()  # at one moment ends come first: a stream ends a request before it starts its next
-    flying, streams = 0, rows.load.get("concurrency", 1)
-    for moment, change in changes:
-        flying += change
-        if flying >= streams:
-            return moment, max(start for start in rows.columns["start_ms"] if start == start)
+    starts, ends = sorted_spans(rows)
+    ended, streams = 0, rows.load.get("concurrency", 1)
+    for started, moment in enumerate(starts, 1):
+        while ended < started and ends[ended] <= moment:  # a stream ends a request before it starts its next
+            ended += 1
+        if started - ended >= streams:
+            return moment, starts[-1]
     return None
 
 
@@ -3299,16 +3353,20 @@ def answer_reasons(rows: Rows, success: int, config: Mapping[str, Any]) -> Itera
         yield Reason("CAUTION", "cached", {"share": cached})
 
 
+def begun_answers(rows: Rows) -> Iterator[Tuple[float, float, int]]:
+    """Start, TTFT and row of each successful request with a TTFT: with the row no two are alike."""
+    times = zip(rows.status, rows.columns["start_ms"], rows.columns["ttft_ms"])
+    return ((start, ttft, row) for row, (status, start, ttft) in enumerate(times) if status == "ok" and ttft == ttft)
+
+
 def warmup_reasons(rows: Rows) -> Iterator[Reason]:
     """A first wave that was much slower than what followed."""
-    ordered = sorted(
-        (start, ttft) for start, ttft, status in zip(rows.columns["start_ms"], rows.columns["ttft_ms"], rows.status)
-        if status == "ok" and ttft == ttft
-    )  # fmt: skip
     wave = max(5, int(rows.load.get("concurrency", 1)))
-    first, rest = [ttft for _, ttft in ordered[:wave]], [ttft for _, ttft in ordered[wave:]]
+    early = heapq.nsmallest(wave, begun_answers(rows))
+    rest = [answer[1] for answer in begun_answers(rows) if answer > early[-1]]
     if len(rest) < 2 * wave:
         return
+    first = [ttft for _, ttft, _ in early]
     slow, usual = sorted(first)[len(first) // 2], percentiles(rest)
     if slow > 1.5 * usual["p50"] and slow > usual["p95"] and slow - usual["p50"] > 5.0:
         yield Reason("CAUTION", "warmup", {"first": slow, "usual": usual["p50"], "n": len(first)})

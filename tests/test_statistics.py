@@ -353,6 +353,51 @@ def test_a_dropped_request_is_dated_by_when_it_was_due():
     assert llmbench.merge_errors([rows_of(lines)])[0]["first_ms"] == 70
 
 
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 511, 512, 513, 514, 1500])
+def test_columns_hold_every_record_in_order_whenever_they_are_read(n):
+    """Records wait for their columns in blocks; who reads in between sees all of them."""
+    lines = [record(start, in_tokens=None if start % 3 else start, status="ok" if start % 5 else "timeout")
+             for start in range(n)]  # fmt: skip
+    rows = llmbench.Rows(0, {"concurrency": 1})
+    for number, line in enumerate(lines):
+        rows.add(line, line["start_ms"] + 7.0)
+        if number % 400 == 399:
+            assert list(rows.columns["start_ms"]) == list(range(number + 1))
+    assert {len(column) for column in rows.columns.values()} == {n} == {len(rows)}
+    assert list(rows.columns["end_ms"]) == [start + 7.0 for start in range(n)]
+    known = [start for start in range(n) if start % 3 == 0]
+    assert [value for value in rows.columns["in_tokens"] if value == value] == known
+    assert rows.successful("in_tokens") == [start for start in known if start % 5]
+    assert rows.count("ok") + rows.count("timeout") == rows.count("ok", "timeout") == n
+
+
+def test_null_is_not_known_and_costs_no_other_value():
+    rows = llmbench.Rows(0, {"concurrency": 1})
+    for start in range(3):
+        rows.add({**record(start, tokens=5), "rtt_ms": None if start == 1 else 2.5, "cached_tokens": None}, start + 9.0)
+    assert rows.successful("rtt_ms") == [2.5, 2.5] and rows.successful("cached_tokens") == []
+    assert rows.successful("out_tokens") == [5, 5, 5] and rows.successful("start_ms") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_steady_window_is_that_of_the_events_one_after_the_other(seed):
+    draw = random.Random(seed)
+    streams = draw.randint(1, 6)
+    lines = []
+    for _ in range(draw.randint(1, 60)):
+        start = draw.randrange(40)
+        lines.append(record(start, start, start + draw.choice((0, 0, 1, 3, 9, 20))))
+    events = sorted((line["start_ms"] + after, change) for line in lines
+                    for after, change in ((0, 1), (line["latency_ms"], -1)))  # fmt: skip
+    flying = itertools.accumulate(change for _, change in events)
+    full = next((moment for (moment, _), number in zip(events, flying) if number >= streams), None)
+    wanted = None if full is None else (full, max(line["start_ms"] for line in lines))
+    assert llmbench.steady_window(rows_of(lines, concurrency=[streams])) == wanted
+
+
 # --- the whole summary ------------------------------------------------------------------------------------------------
 
 
