@@ -6185,7 +6185,8 @@ def choose_processes(wanted: Union[int, str], config: Config) -> int:
 # Three rules keep the page safe and small:
 # - Every string is escaped when it is filled in, unless it is Markup, and only a fragment of report.html makes Markup.
 #   What an endpoint sent can therefore appear as text and as nothing else.
-# - The page holds no records: bins, quantiles, buckets and samples are computed here, a few kilobytes a stage.
+# - The page holds no records: bins, quantiles, buckets and samples are computed here, a few kilobytes a stage. What
+#   that takes of a million requests is kept in arrays, row by row or value by value, never as a tuple for each request.
 # - A figure is taken from the summary and never computed a second time; a chart's marks are the tiles' figures.
 #
 # The page is made of tables: TILES, the PANELS of each section, STAGE_COLUMNS, CLIENT_CHECKS, NETWORK_ROWS. A panel
@@ -6447,7 +6448,8 @@ class StageView:
         return any(gate_metric(gate) == metric and gate.get("stat", stat) == stat for gate in self.failed_gates)
 
 
-SAMPLED = ("ttft_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms")
+SAMPLED = ("ttft_ms", "latency_ms")
+DUE_SAMPLED = ("ttft_from_scheduled_ms", "latency_from_scheduled_ms")  # drawn where requests are due at set moments
 
 
 def successful(rows: "Rows", name: str) -> List[float]:
@@ -6456,10 +6458,21 @@ def successful(rows: "Rows", name: str) -> List[float]:
     return [value for status, value in zip(rows.status, column) if status == "ok" and value == value] if column else []
 
 
+def successful_pairs(rows: "Rows", one: str, other: str) -> Tuple[array.array, array.array]:
+    """Two columns over the successful requests of which both values are known."""
+    firsts, seconds = array.array("d"), array.array("d")
+    for status, first, second in zip(rows.status, rows.columns[one], rows.columns[other]):
+        if status == "ok" and first == first and second == second:
+            firsts.append(first)
+            seconds.append(second)
+    return firsts, seconds
+
+
 def stage_view(number: int, figures: Mapping, rows: "Rows", gates: Sequence[Mapping], judged: bool,
                name: Mapping[str, float]) -> StageView:
     """One stage, with the samples that several charts need sorted once."""
-    samples = {name: sorted(successful(rows, name)) for name in SAMPLED}
+    sampled = SAMPLED + DUE_SAMPLED if is_open(rows.load) else SAMPLED
+    samples = {column: array.array("d", sorted(successful(rows, column))) for column in sampled}
     return StageView(number, figures, rows, gates, judged, samples, name)
 
 
@@ -7509,8 +7522,8 @@ def curve_points(ordered: Sequence[float]) -> List[Optional[float]]:
 
 def answered_curves(page: Page, stage: StageView) -> Optional[Chart]:
     """The share of requests answered within a time; in an open loop also counted from when they were due."""
-    chosen = [curve for curve in CURVES if len(stage.samples[curve[0]]) >= 5 and stage.samples[curve[0]][0] > 0
-              and stage.statistic(curve[0]) and (stage.is_open or not curve[3])]
+    chosen = [curve for curve in CURVES if len(stage.samples.get(curve[0], ())) >= 5
+              and stage.samples[curve[0]][0] > 0 and stage.statistic(curve[0]) and (stage.is_open or not curve[3])]
     if not chosen:
         return None
     series = [{"name": page.said(label), "colour": colour, "dashed": dashed,
@@ -7574,33 +7587,45 @@ PHASES = ("cap", "queue", "connect", "head", "first", "think", "answer")
 PHASE_COLOURS = {"cap": "a"}  # the others have a colour of their own name
 
 
-def phases_of(stage: StageView) -> List[Tuple[float, List[float]]]:
-    """Of each successful request its latency and the milliseconds of its seven phases, fastest first."""
-    names = ("capped_ms", "queue_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms", "latency_ms")
-    absent = itertools.repeat(math.nan)
-    columns = [stage.rows.columns.get(name, absent) for name in names]
-    found = []
-    for status, capped, queue, connect, head, first, text, latency in zip(stage.rows.status, *columns):
-        if status == "ok" and first == first and latency == latency and head == head:
-            begun = text if text == text and text >= first else first
-            before = [wait if wait == wait else 0.0 for wait in (capped, queue, connect)]
-            before[1] = max(0.0, before[1] - before[0])
-            found.append((latency, before + [head, max(0.0, first - head), begun - first, max(0.0, latency - begun)]))
-    found.sort(key=lambda item: item[0])
-    return found
+def fastest_first(rows: "Rows") -> array.array:
+    """The rows of the successful requests whose latency and beginning are known, by latency."""
+    columns = zip(rows.status, rows.columns["ttfb_ms"], rows.columns["ttfe_ms"], rows.columns["latency_ms"])
+    known = (row for row, (status, head, first, latency) in enumerate(columns)
+             if status == "ok" and head == head and first == first and latency == latency)
+    return array.array("L", sorted(known, key=rows.columns["latency_ms"].__getitem__))
+
+
+def phases_of(rows: "Rows", order: Sequence[int]) -> Iterator[array.array]:
+    """The milliseconds of the seven phases of these requests, one phase after the other."""
+    def taken(name: str) -> Iterator[float]:
+        return map(rows.columns[name].__getitem__, order)
+
+    heads, firsts = array.array("d", taken("ttfb_ms")), array.array("d", taken("ttfe_ms"))
+    # No text, NaN, is not larger than the first output and leaves it as the beginning of the answer.
+    begun = array.array("d", map(max, firsts, taken("ttft_ms")))
+    capped = array.array("d", (wait if wait == wait else 0.0 for wait in taken("capped_ms")))
+    yield capped
+    yield array.array("d", (max(0.0, queue - slot) if queue == queue else 0.0
+                            for queue, slot in zip(taken("queue_ms"), capped)))
+    yield array.array("d", (connect if connect == connect else 0.0 for connect in taken("connect_ms")))
+    yield heads
+    yield array.array("d", (max(0.0, first - head) for first, head in zip(firsts, heads)))
+    yield array.array("d", map(float.__sub__, begun, firsts))
+    yield array.array("d", (max(0.0, latency - text) for latency, text in zip(taken("latency_ms"), begun)))
 
 
 def phases_chart(page: Page, stage: StageView) -> Optional[Chart]:
     """Mean time per phase in groups of equal size from the fastest to the slowest requests."""
-    found = phases_of(stage)
-    total = len(found)
+    order = fastest_first(stage.rows)
+    total = len(order)
     if total < 10:
         return None
     groups = 20 if total >= 200 else 10 if total >= 40 else 5
     bounds = [round(index * total / groups) for index in range(groups + 1)]
-    means = [[sum(item[1][phase] for item in found[low:high]) / (high - low) for low, high in zip(bounds, bounds[1:])]
-             for phase in range(len(PHASES))]
-    overall = [sum(item[1][phase] for item in found) / total for phase in range(len(PHASES))]
+    means, overall = [], []
+    for spans in phases_of(stage.rows, order):
+        means.append([sum(spans[low:high]) / (high - low) for low, high in zip(bounds, bounds[1:])])
+        overall.append(sum(spans) / total)
     drawn = [phase for phase in range(len(PHASES)) if overall[phase] >= 0.0004 * sum(overall)]
     tiny = [phase for phase in range(len(PHASES)) if phase not in drawn and overall[phase] > 0]
     scale = scale_of(stage.statistic("latency_ms"))
@@ -7624,42 +7649,41 @@ def phases_chart(page: Page, stage: StageView) -> Optional[Chart]:
 SCATTER_POINTS = 1500
 
 
-def evenly(items: List[Tuple[float, float]], most: int) -> List[Tuple[float, float]]:
+def evenly(items: Sequence[int], most: int) -> Sequence[int]:
     """At most so many of the items, at equal distances in their order."""
     return items if len(items) <= most else [items[index * len(items) // most] for index in range(most)]
 
 
-def scatter_points(pairs: List[Tuple[float, float]]) -> List[Tuple[float, float]]:
-    """At most SCATTER_POINTS pairs: those beyond P99 on either axis first, of the rest evenly picked ones."""
-    if len(pairs) <= SCATTER_POINTS:
-        return pairs
-    limits = [interpolated(sorted(pair[axis] for pair in pairs), 0.99) for axis in (0, 1)]
-    far = [pair for pair in pairs if pair[0] > limits[0] or pair[1] > limits[1]]
-    near = [pair for pair in pairs if not (pair[0] > limits[0] or pair[1] > limits[1])]
-    far = evenly(far, SCATTER_POINTS // 2)
-    return far + evenly(near, SCATTER_POINTS - len(far))
+def scatter_places(across: Sequence[float], up: Sequence[float]) -> Sequence[int]:
+    """The places of at most SCATTER_POINTS points: those beyond P99 on either axis first, then evenly picked ones."""
+    if len(across) <= SCATTER_POINTS:
+        return range(len(across))
+    right, top = (interpolated(sorted(values), 0.99) for values in (across, up))
+    far, near = array.array("L"), array.array("L")
+    for place, (x, y) in enumerate(zip(across, up)):
+        (far if x > right or y > top else near).append(place)
+    shown = evenly(far, SCATTER_POINTS // 2)
+    return [*shown, *evenly(near, SCATTER_POINTS - len(shown))]
 
 
 def scatter_chart(page: Page, stage: StageView, size: str, metric: str, names: Tuple[str, str, str]) -> Optional[Chart]:
     """One time of each request against its length; not drawn when the lengths are all the same."""
-    x_column, y_column = stage.rows.columns.get(size), stage.rows.columns.get(metric)
-    if x_column is None or y_column is None:
+    if size not in stage.rows.columns or metric not in stage.rows.columns:
         return None
-    pairs = [(x, y) for status, x, y in zip(stage.rows.status, x_column, y_column)
-             if status == "ok" and x == x and y == y]
-    lengths = [pair[0] for pair in pairs]
-    if len(pairs) < 5 or min(lengths) == max(lengths):
+    lengths, times = successful_pairs(stage.rows, size, metric)
+    total = len(lengths)
+    if total < 5 or min(lengths) == max(lengths):
         return None
-    shown, scale = scatter_points(pairs), scale_of(stage.statistic(metric))
+    shown, scale = scatter_places(lengths, times), scale_of(stage.statistic(metric))
     logarithmic = is_logarithmic(min(lengths), interpolated(sorted(lengths), 0.5), max(lengths))
     title, x_axis, y_axis = names
     axis = page.said(x_axis)
     spec = {"kind": "scatter", "log": logarithmic, "divisor": scale.divisor, "unit": scale.unit,
             "x": page.said("axis.log", name=axis) if logarithmic else axis, "y": page.said(y_axis, unit=scale.unit),
-            "points": [rounded_to(number, 4) for pair in shown for number in pair]}
-    sub = page.said("panel.n", n=count(len(pairs))) if len(shown) == len(pairs) else page.said(
-        "panel.shown", k=count(len(shown)), n=count(len(pairs)))
-    return Chart(spec, page.said("finding.scatter", name=page.said(title), n=count(len(pairs))), sub)
+            "points": [rounded_to(number, 4) for place in shown for number in (lengths[place], times[place])]}
+    sub = page.said("panel.n", n=count(total)) if len(shown) == total else page.said(
+        "panel.shown", k=count(len(shown)), n=count(total))
+    return Chart(spec, page.said("finding.scatter", name=page.said(title), n=count(total)), sub)
 
 
 def ttft_by_prompt(page: Page, stage: StageView) -> Optional[Chart]:
@@ -7689,17 +7713,18 @@ class Buckets(NamedTuple):
 
     def index(self, moment: float) -> int:
         """The bucket of a moment; the very end belongs to the last one."""
-        return min(self.number - 1, max(0, int((moment - self.zero) // self.width)))
+        index = int((moment - self.zero) // self.width)
+        return 0 if index < 0 else index if index < self.number else self.number - 1
 
 
 def time_buckets(stage: StageView) -> Optional[Buckets]:
     """At most 60 buckets of about 22 finished requests each and, where that allows it, at least 8."""
-    starts = [value for value in stage.rows.columns["start_ms"] if value == value]
-    ends = [value for value in stage.rows.columns["end_ms"] if value == value]
-    if len(ends) < 20 or not starts:
+    zero = min((value for value in stage.rows.columns["start_ms"] if value == value), default=math.nan)
+    ended = sum(value == value for value in stage.rows.columns["end_ms"])
+    if ended < 20 or zero != zero:
         return None
-    zero, span = min(starts), max(max(ends) - min(starts), 1.0)
-    wanted = min(60.0, max(8.0, len(ends) / 22))
+    span = max(last_end([stage]) - zero, 1.0)
+    wanted = min(60.0, max(8.0, ended / 22))
     widths = [1000.0 * seconds for seconds in BUCKET_SECONDS]
     width = next((width for width in widths if span / width <= wanted), widths[-1])
     if span / width < 8 and width > widths[0]:
@@ -7708,9 +7733,9 @@ def time_buckets(stage: StageView) -> Optional[Buckets]:
     return Buckets(zero, width, max(1, math.ceil(span / width)))
 
 
-def by_bucket(buckets: Buckets, moments: Iterable[float], values: Iterable[float]) -> List[List[float]]:
-    """The values sorted into the buckets of their moments."""
-    held = [[] for _ in range(buckets.number)]  # type: List[List[float]]
+def by_bucket(buckets: Buckets, moments: Iterable[float], values: Iterable[float]) -> List[array.array]:
+    """The known values in the buckets of their moments."""
+    held = [array.array("d") for _ in range(buckets.number)]
     for moment, value in zip(moments, values):
         if moment == moment and value == value:
             held[buckets.index(moment)].append(value)
@@ -7751,15 +7776,13 @@ def percentiles_over_time(page: Page, stage: StageView, buckets: Buckets, metric
     if not statistic:
         return None
     scale = scale_of(statistic)
-    rows = stage.rows
-    kept = [(end, value) for status, end, value in zip(rows.status, rows.columns["end_ms"], rows.columns[metric])
-            if status == "ok" and value == value and end == end]
-    if len(kept) < 160:
-        points = [rounded_to(number) for end, value in kept
+    ends, values = successful_pairs(stage.rows, "end_ms", metric)
+    if len(ends) < 160:
+        points = [rounded_to(number) for end, value in zip(ends, values)
                   for number in ((end - buckets.zero) / 1000, value / scale.divisor)]
         spec = time_spec(buckets, "dots", [{"colour": "p95", "points": points}], scale.unit)
         return Chart(spec, time_finding(page, title, points[1::2], scale.unit), page.said("panel.time.dots"))
-    held = [sorted(values) for values in by_bucket(buckets, (end for end, _ in kept), (value for _, value in kept))]
+    held = [sorted(inside) for inside in by_bucket(buckets, ends, values)]
     lines = [{"name": name.upper(), "colour": name, "values": [
         rounded_to(interpolated(values, share) / scale.divisor) if len(values) >= need else None for values in held]}
         for name, share, need in (("p95", 0.95, 10), ("p50", 0.50, 5))]
@@ -7797,9 +7820,10 @@ def written_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optiona
     """Output tokens per second, or characters, spread over the time in which they were written."""
     for column, title, unit in (("out_tokens", "panel.time_tokens", "unit.tokens_per_s"),
                                 ("out_chars", "panel.time_chars", "unit.chars_per_s")):
-        spans = list(written_spans(stage.rows, column))
-        if spans:
-            values = whole_buckets(stage, buckets, spread(buckets, spans))
+        spans = written_spans(stage.rows, column)
+        some = next(spans, None)
+        if some is not None:
+            values = whole_buckets(stage, buckets, spread(buckets, itertools.chain((some,), spans)))
             spec = time_spec(buckets, "area", [{"colour": "a", "values": values}], page.said(unit))
             spec["title"] = page.said(title)
             return Chart(spec, time_finding(page, title, values, page.said(unit)))
@@ -7808,10 +7832,12 @@ def written_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optiona
 
 def finished_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optional[Chart]:
     """Successful requests finished per second."""
-    ends = [end for status, end in zip(stage.rows.status, stage.rows.columns["end_ms"])
-            if status == "ok" and end == end]
-    held = by_bucket(buckets, ends, itertools.repeat(1.0))
-    values = whole_buckets(stage, buckets, [len(inside) for inside in held])
+    ends = (end for status, end in zip(stage.rows.status, stage.rows.columns["end_ms"])
+            if status == "ok" and end == end)
+    finished = [0] * buckets.number
+    for end in ends:
+        finished[buckets.index(end)] += 1
+    values = whole_buckets(stage, buckets, finished)
     unit = page.said("unit.requests_per_s")
     spec = time_spec(buckets, "area", [{"colour": "a", "values": values}], unit)
     return Chart(spec, time_finding(page, "panel.time_requests", values, unit))
