@@ -8566,6 +8566,10 @@ ASSETS = (
 )  # fmt: skip
 HERE = os.path.dirname(os.path.abspath(__file__))
 CSV_LEFT_OUT = frozenset(("itl_hist", "chunk_ms", "first_content_raw", "final_frame_raw", "error_raw"))
+CSV_COLUMNS = tuple(name for name in Record.__dataclass_fields__ if name not in CSV_LEFT_OUT)
+CSV_FORM, CSV_COMMAS = ",".join(["%s"] * len(CSV_COLUMNS)), len(CSV_COLUMNS) - 1
+CSV_ODD = ('"', "=", "+", "@", "\t", "\r", "\n", "\0", ",-", "None")  # a row without: no quotes, no guards
+CSV_ABSENT = itertools.repeat("")
 
 
 def read_asset(name: str) -> bytes:
@@ -8678,15 +8682,31 @@ def csv_cell(value: Any) -> Any:
     return value
 
 
+def csv_row(record: Mapping[str, Any]) -> str:
+    """A line of results.csv: cells are quoted and guarded where one needs it, which is seldom."""
+    row = CSV_FORM % tuple(map(record.get, CSV_COLUMNS, CSV_ABSENT))
+    if row.count(",") == CSV_COMMAS and row[0] != "-":
+        for odd in CSV_ODD:
+            if odd in row:
+                break
+        else:
+            return row + "\r\n"
+    import csv
+
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow([csv_cell(record.get(name)) for name in CSV_COLUMNS])
+    return text.getvalue()
+
+
 class WholeFile:
     """Writes a file beside its place and moves it there at the end; raises WriteError."""
 
-    def __init__(self, path: str, encoding: str = "utf-8") -> None:
-        self._path, self._encoding = path, encoding
+    def __init__(self, path: str) -> None:
+        self._path = path
 
     def __enter__(self) -> io.TextIOWrapper:
         try:
-            self._file = open(self._path + ".part", "w", encoding=self._encoding, errors="replace", newline="")
+            self._file = open(self._path + ".part", "w", encoding="utf-8", errors="replace", newline="")
         except OSError as error:
             raise WriteError("%s could not be written: %s" % (self._path, error.strerror or error)) from None
         return self._file
@@ -8707,20 +8727,16 @@ class WholeFile:
 
 def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[[str], None]) -> Dict[str, Any]:
     """Makes results.csv, summary.json and report.html from results.jsonl alone; returns the summary."""
-    import csv
-
     collector = Collector()
-    columns = [name for name in Record.__dataclass_fields__ if name not in CSV_LEFT_OUT]
-    with WholeFile(os.path.join(directory, RESULTS_CSV), "utf-8-sig") as file:
-        rows = csv.writer(file)
-        rows.writerow(columns)
+    with WholeFile(os.path.join(directory, RESULTS_CSV)) as file:
+        file.write("\ufeff%s\r\n" % ",".join(CSV_COLUMNS))  # the mark by which a spreadsheet knows UTF-8
         for number, line in enumerate(read_lines(os.path.join(directory, RESULTS), notice), 1):
             try:
                 collector.add(line)
             except (LookupError, TypeError, ValueError):
                 raise UserError("%s line %d is not a record; restore or remove that line" % (RESULTS, number)) from None
             if "request_id" in line:
-                rows.writerow([csv_cell(line.get(name)) for name in columns])
+                file.write(csv_row(line))
     summary = summarize(collector)
     with WholeFile(os.path.join(directory, SUMMARY)) as file:
         json.dump(summary, file, ensure_ascii=False, indent=2)

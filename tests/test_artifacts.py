@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
@@ -101,7 +102,14 @@ def test_a_last_line_without_its_newline_counts_when_it_is_whole(tmp_path):
     assert read(tmp_path, b'{"a":1}\n{"b":2}') == ([{"a": 1}, {"b": 2}], [])
 
 
-@pytest.mark.parametrize("line", [b"{", b"", b"garbage", b"[1]", b"null", b'{"a":"\xff"}', b'{"a":1}{"b":2}'])
+def test_space_around_a_line_is_no_part_of_it(tmp_path):
+    assert read(tmp_path, b' \t{"a":1} \t\r\n{"b":2}\r\n') == ([{"a": 1}, {"b": 2}], [])
+
+
+@pytest.mark.parametrize("line", [
+    b"{", b"", b"garbage", b"[1]", b"null", b'{"a":"\xff"}', b'{"a":1}{"b":2}', b'{"a":1},{"b":2}',
+    b'\xef\xbb\xbf{"a":1}', b'{"a":1}\x0b',
+])  # fmt: skip
 def test_a_bad_line_in_the_middle_is_named_by_its_number(tmp_path, line):
     with pytest.raises(llmbench.UserError, match=r"results\.jsonl line 2 ") as caught:
         read(tmp_path, b'{"a":1}\n' + line + b'\n{"b":2}\n')
@@ -121,6 +129,9 @@ FOREIGN = {
     "no status": {"request_id": "x", "phase": "measure", "stage": 0},
     "no phase": {"request_id": "x", "stage": 0, "status": "ok"},
     "a figure that is a text": record(latency_ms="fast"),
+    "another figure that is a text": record(in_tokens="12"),
+    "a bucket that is no number": record(itl_hist={"x": 1}, itl_sum_ms=1.0, itl_min_ms=1.0, itl_max_ms=1.0),
+    "a bucket that holds a text": record(itl_hist={"5": "1"}, itl_sum_ms=1.0, itl_min_ms=1.0, itl_max_ms=1.0),
     "a header that is a text": {"llmbench": "1", "run": "x"},
     "an audit that is a number": {"audit": 7},
 }
@@ -271,6 +282,31 @@ def test_every_cell_of_the_csv_is_guarded_and_numbers_stay_numbers(tmp_path):
         "-0.5",
         "",
     )
+
+
+ODD_TEXTS = [
+    "", "plain", "a,b", 'say "hi"', '"', "two\nlines", "\r\n", "=1", "+1", "-1", "@x", "\t", "\r", "None", "x=1", "a+b",
+    "a-b", "x@y", ", -", "您好，世界", "\u2028", "'", " lead", "\ud800", "%s", "🎉", "\0",
+]  # fmt: skip
+ODD_NUMBERS = [0, -1, 0.1, -0.5, 1e-7, 1e22, -1e-300, 105.12, True, False, 10**18, None]
+
+
+@pytest.mark.parametrize("name", ["request_id", "prompt_id", "err", "finish_reason", "out_crc32"])
+def test_a_row_is_the_one_that_the_csv_module_writes(name):
+    """Most rows are put together without it, which is twice as fast; no reader may see which."""
+    for value in ODD_TEXTS + ODD_NUMBERS:
+        line = record(retransmits=0, **{name: value}) if value is not None else {**record(), name: None}
+        text = io.StringIO(newline="")
+        csv.writer(text).writerow([llmbench.csv_cell(line.get(column)) for column in llmbench.CSV_COLUMNS])
+        assert llmbench.csv_row(line) == text.getvalue(), value
+
+
+@pytest.mark.parametrize("value", ODD_NUMBERS)
+def test_a_number_of_a_row_is_written_as_the_csv_module_does(value):
+    line = {**record(), "queue_ms": value, "reused": value}
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow([line.get(column) for column in llmbench.CSV_COLUMNS])
+    assert llmbench.csv_row(line) == text.getvalue()
 
 
 # --- the output directory ---------------------------------------------------------------------------------------------
