@@ -9,7 +9,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Dict, List
 
-COLUMNS = ("scheduled_ms", "start_ms", "end_ms", "queue_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms",
+COLUMNS = ("scheduled_ms", "start_ms", "end_ms", "queue_ms", "capped_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms",
            "ttft_slack_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms",
            "in_tokens", "cached_tokens", "reasoning_tokens", "out_tokens", "out_chars", "reasoning_chars", "chunks",
            "lag_ms", "rtt_ms", "retransmits", "out_of_order", "reused")
