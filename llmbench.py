@@ -880,6 +880,7 @@ class NDJSONParser:
 
 HEAD_LIMIT = 64 * 1024
 LINE_LIMIT = 8 * 1024  # a chunk-size line with its extensions
+SPLIT_WORTH = 1024  # bytes of a read from which on splitting it at once pays: it may hold several chunks
 CHUNK_SIZE = re.compile(rb"^([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?$")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 STATUS_LINE = re.compile(rb"^HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?$")
@@ -1018,7 +1019,8 @@ class ResponseReader:
         self.coding = ""  # content coding that is being undone
         self._buffer = b""  # unread bytes of the head or of a chunk-size line
         self._remaining = 0  # bytes of the chunk, or of the whole body, still to come
-        self._sizes: Dict[bytes, int] = {}  # chunk-size lines seen: a stream repeats few of them
+        self._sizes: Dict[bytes, int] = {}  # chunk-size lines seen, with and without CR: a stream repeats few
+        self._splits = True  # whether one `split` may cut a read into chunks: no CRLF was seen in their data
         self._after_chunk = False  # the CRLF that ends a chunk's data is still to come
         self._read: Callable[[bytes], bytes] = self._read_head
         self._decode: Optional[Callable[[bytes], bytes]] = None
@@ -1136,11 +1138,19 @@ class ResponseReader:
         return body
 
     def _read_chunked(self, data: bytes) -> bytes:
-        """The data of the chunks in `data`. One `find` a chunk; the pieces are joined once."""
+        """The data of the chunks in `data`; the pieces are joined once."""
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
+        sizes = self._sizes
+        if not self._remaining:  # one whole chunk is what most reads bring
+            end = data.find(b"\r\n")
+            size = sizes.get(data[:end])
+            if size and len(data) == end + size + 4 and data[-2:] == b"\r\n":
+                self.body_bytes += size
+                return data[end + 2 : -2]
         pieces: List[bytes] = []
-        position, sizes, remaining, after = 0, self._sizes, self._remaining, self._after_chunk
+        position = self._split_chunks(data, pieces) if self._splits and len(data) > SPLIT_WORTH else 0
+        remaining, after = 0 if position else self._remaining, self._after_chunk
         while True:
             if remaining:
                 piece = data[position : position + remaining]
@@ -1180,6 +1190,30 @@ class ResponseReader:
         self.body_bytes += len(body)
         return body
 
+    def _split_chunks(self, data: bytes, pieces: List[bytes]) -> int:
+        """Cuts the chunks that are whole in `data` with one `split`; returns where the rest begins.
+
+        A piece that is as long as the line before it says is a chunk. The first that is not ends what can be had
+        like this: a size that was not seen yet (as the 0 of the end never was), the CRLF behind a chunk that came
+        before, or data with a CRLF of their own.
+        """
+        start = self._remaining
+        if start:
+            if data[start : start + 2] != b"\r\n":
+                return 0
+            pieces.append(data[:start])
+            start += 2
+        parts = data[start:].split(b"\r\n")
+        count = (len(parts) - 1) // 2
+        chunks = parts[1 : 2 * count : 2]
+        said, found = list(map(self._sizes.get, parts[: 2 * count : 2])), list(map(len, chunks))
+        if said != found:
+            count = next(number for number in range(count) if said[number] != found[number])
+            self._splits = said[count] is None
+        pieces += chunks[:count]
+        rest = parts[2 * count :]
+        return len(data) - sum(map(len, rest)) - 2 * (len(rest) - 1)
+
     def _hold(self, rest: bytes) -> None:
         if len(rest) > LINE_LIMIT:
             raise ParseError("a chunk-size line is longer than %d bytes" % LINE_LIMIT)
@@ -1190,8 +1224,8 @@ class ResponseReader:
         if not match:
             raise ParseError("not a chunk size: %r" % line[:40].decode("latin-1"))
         size = int(match.group(1), 16)
-        if len(self._sizes) < 4096:
-            self._sizes[line] = size
+        if len(self._sizes) < 8192:
+            self._sizes[line] = self._sizes[line[:-1] if line[-1:] == b"\r" else line] = size
         return size
 
     def _read_trailers(self, data: bytes) -> bytes:

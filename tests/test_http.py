@@ -254,6 +254,93 @@ def test_random_chunks_in_random_reads() -> None:
         assert reader.reusable()
 
 
+EVENT_TEXTS = [b"a", b"b" * 40, "你好".encode(), b"\r\n", b"\r\n5\r\nhello", b"0\r\n\r\n", b"\r", b"\n"]
+
+
+def framed(data: bytes, chance: random.Random, odd: float) -> bytes:
+    """A chunk, most often as servers write it."""
+    line, ends = "%x", (b"\r\n", b"\r\n")
+    if chance.random() < odd:
+        line = chance.choice(["%x", "%X", "00%x", '%x;a="b"', "%x ", "%x;\r"])
+        ends = chance.choice([(b"\r\n", b"\n"), (b"\n", b"\r\n"), (b"\n", b"\n"), ends])
+    return (line % len(data)).encode() + ends[0] + data + ends[1]
+
+
+def long_body(chance: random.Random) -> Tuple[List[bytes], bytes]:
+    """Some hundred chunks that look like those of a stream, on the wire and without their framing."""
+    usual = EVENT_TEXTS[: chance.choice([3, 3, 8])]
+    chunks = [b"data: %s\n\n" % chance.choice(usual) for _ in range(chance.randrange(100, 400))]
+    odd = chance.choice([0, 0, 0.01, 1])
+    return [framed(chunk, chance, odd) for chunk in chunks], b"".join(chunks)
+
+
+@pytest.mark.parametrize("size", [1, 700, 1024, 1500, 4096, 65536])
+def test_many_chunks_in_a_read_are_read_like_one_in_each(size: int) -> None:
+    chance = random.Random(size)
+    for _ in range(40):
+        wire, body = long_body(chance)
+        reader = ResponseReader()
+        reads = [CHUNKED, *pieces_of(b"".join([*wire, b"0\r\n\r\n"]), size)]
+        given = [reader.feed(read) for read in reads]
+        assert b"".join(given) == body
+        assert reader.reusable()
+        assert reader.body_bytes == len(body)
+
+
+def test_many_chunks_in_a_read_give_at_once_what_is_there() -> None:
+    chance = random.Random(3)
+    for _ in range(20):
+        wire, body = long_body(chance)
+        for end in (sum(map(len, wire[:50])), chance.randrange(2000)):
+            whole, bytewise = ResponseReader(), ResponseReader()
+            start = CHUNKED + b"".join(wire[:20])
+            data = b"".join(wire)[len(start) - len(CHUNKED) : len(start) + end]
+            whole.feed(start)
+            expected = read_all(bytewise, pieces_of(start + data, 1))[whole.body_bytes :]
+            assert whole.feed(data) == expected
+            assert body[: whole.body_bytes].endswith(expected)
+
+
+@pytest.mark.parametrize("odd", [b"6\r\nhell\r\n", b"5\r\nhello!\r\n", b"x\r\nhello\r\n", b"5\n\r\nhello\r\n"])
+def test_a_false_chunk_among_many_is_refused(odd: bytes) -> None:
+    good = b"5\r\nhello\r\n" * 300
+    for before in (b"", good):
+        reader = ResponseReader()
+        reader.feed(CHUNKED + good)
+        with pytest.raises(ParseError):
+            reader.feed(before + odd + good)
+
+
+def test_a_false_end_of_a_chunk_that_is_alone_in_its_read_is_refused() -> None:
+    reader = ResponseReader()
+    assert read_all(reader, [CHUNKED, b"5\r\nhello\r\n", b"5\r\nhello\r\n", b"5\r\nhelloXY"]) == b"hello" * 3
+    with pytest.raises(ParseError):
+        reader.feed(b"5\r\nhello\r\n")
+
+
+def test_data_that_look_like_a_chunk_are_data() -> None:
+    reader, chunk = ResponseReader(), b"5\r\nhello\r\n"
+    assert read_all(reader, [CHUNKED, chunk, b"14\r\n", chunk, chunk, b"\r\n0\r\n\r\n"]) == b"hello" + chunk * 2
+    assert reader.complete
+
+
+def test_one_split_cuts_a_read_into_its_chunks() -> None:
+    """However many there are, and the first of a new size costs only itself; data with CRLF are not split twice."""
+    reader, chunks = ResponseReader(), [b"data: %d\n\n" % number for number in range(990, 1300)]
+    reader.feed(CHUNKED)
+    calls = []
+    split = reader._split_chunks
+    reader._split_chunks = lambda *words: calls.append(split(*words)) or calls[-1]  # type: ignore[method-assign]
+    data = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
+    reader.feed(data)
+    reader.feed(data)
+    assert calls == [0, len(data)]
+    crlf = b"8\r\ndata\r\n\r\n\r\n" * 200
+    for _ in range(4):
+        assert reader.feed(crlf) == b"data\r\n\r\n" * 200
+    assert calls == [0, len(data), 0, 0]
+
+
 # What is refused.
 
 REFUSED = [
