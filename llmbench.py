@@ -729,6 +729,7 @@ def bucket_ms(bucket: int) -> float:
 # (type, data) because making anything richer for each event would be the largest cost of the file.
 
 Event = Tuple[str, bytes]
+CR = 13  # `in` finds a number in bytes three times faster than a byte string
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DONE = b"[DONE]"
 
@@ -745,7 +746,12 @@ def is_complete_data(data: bytes) -> bool:
 
 
 class SSEParser:
-    """Feeds on body bytes in any portions and gives the events that they complete."""
+    """Feeds on body bytes in any portions and gives the events that they complete.
+
+    `feed` is `gather`, then `split`: who knows the data of the events beforehand looks at what is between the two.
+    """
+
+    LINE = (b"data: ", b"\n\n")  # what stands around the data of an event that is one line, as nearly all are
 
     def __init__(self, limit: int = EVENT_LIMIT) -> None:
         self._limit = limit
@@ -756,21 +762,25 @@ class SSEParser:
 
     def feed(self, data: bytes) -> List[Event]:
         """Events completed by `data`; raises ParseError when one grows past the limit."""
-        if self._skip_lf or b"\r" in data:
+        return self.split(self.gather(data))
+
+    def gather(self, data: bytes) -> bytes:
+        """`data` with LF for line ends, behind the bytes of the event that it goes on with; b"" if it ends none."""
+        if self._skip_lf or CR in data:
             data = self._normalise(data)
         if self._head is not None:
             data = self._skip_mark(data)
         if self._pending and data:
             if not self._terminates(data):
                 self._keep(data)
-                return []
+                return b""
             self._pending.append(data)
             data = b"".join(self._pending)
             self._pending, self._size = [], 0
-        return self._split(data)
+        return data
 
-    def _split(self, data: bytes) -> List[Event]:
-        """Events of whole lines; what is behind the last blank one is kept."""
+    def split(self, data: bytes) -> List[Event]:
+        """Events in what was gathered; what is behind the last blank line is kept."""
         cut = data.rfind(b"\n\n")
         if cut >= 0 and data[:6] == b"data: ":
             pieces = data[6:cut].split(b"\n\ndata: ")
@@ -834,6 +844,8 @@ class SSEParser:
 class NDJSONParser:
     """The same for newline-delimited JSON: a line is an event, blank lines are skipped."""
 
+    LINE = (b"", b"\n")
+
     def __init__(self, limit: int = EVENT_LIMIT) -> None:
         self._limit = limit
         self._pending: List[bytes] = []
@@ -841,12 +853,21 @@ class NDJSONParser:
 
     def feed(self, data: bytes) -> List[Event]:
         """Events completed by `data`; raises ParseError when a line grows past the limit."""
+        return self.split(self.gather(data))
+
+    def gather(self, data: bytes) -> bytes:
+        """`data` behind the bytes of the line that it goes on with; b"" if it ends none."""
         if b"\n" not in data:
             self._keep(data)
-            return []
+            return b""
         self._pending.append(data)
-        lines = b"".join(self._pending).split(b"\n")
+        data = b"".join(self._pending)
         self._pending, self._size = [], 0
+        return data
+
+    def split(self, data: bytes) -> List[Event]:
+        """Events in what was gathered; what is behind the last LF is kept."""
+        lines = data.split(b"\n")
         self._keep(lines.pop())
         return [("message", line.strip()) for line in lines if line.strip()]
 
@@ -1257,7 +1278,9 @@ class ResponseReader:
 # text, proves with a second parse that a marker put in its place comes back as the content and
 # changes nothing else, and from then on compares bytes: same head, same tail, and between them no
 # quote, backslash or control character. By JSON's grammar such an event can mean nothing else than
-# "content, this text". Everything else takes the full parse.
+# "content, this text". Everything else takes the full parse. `run(data)` is the same for all the events
+# with which a read begins, on the bytes as they stand on the wire: what is between two texts is as
+# constant as head and tail.
 #
 # What the wire may do, and where it is handled: `choices` may be empty, missing or null (Azure's
 # preface, usage frames); `delta` may be missing; content may be null, "", or typed parts; the last
@@ -1490,6 +1513,11 @@ class Decoder:
         self._tail = b""
         self._tail_length = 0
         self._head_length = 0
+        self.line: Optional[Tuple[bytes, bytes]] = None  # what stands around an event's data on the wire; see `run`
+        self._before = b""  # head and tail as they stand on the wire
+        self._behind = b""
+        self._between = b""
+        self._gap = b""  # what stands between the data of two events
         self.crc = 0  # CRC-32 of the generated text so far: answers that share it are the same answer
         self._hits = 0
         self._lessons = 0
@@ -1503,6 +1531,41 @@ class Decoder:
         if len(data) <= length + self._tail_length or len(text.translate(None, self.NOT_PLAIN)) != len(text):
             return b""
         return text
+
+    def run(self, data: bytes) -> Tuple[List[bytes], bytes]:
+        """The texts of the events at the beginning of `data` that `plain` would let through, and what follows them.
+
+        `data` begins with an event. That all have this head and tail is one comparison, that no text holds what
+        `NOT_PLAIN` lists is another; with no line feed in it, each text stood in an event of its own.
+        """
+        before, behind = self._before, self._behind
+        if not before or not data.startswith(before):
+            return [], data
+        begin, size = len(before), len(behind)
+        if data.endswith(behind):
+            inner, rest = data[begin:-size], b""
+            if inner and len(inner.translate(None, self.NOT_PLAIN)) == len(inner):  # one event: nearly every read
+                return [inner], rest
+        else:
+            end = data.rfind(behind, begin)
+            if end < 0:
+                return [], data
+            inner, rest = data[begin:end], data[end + size :]
+        pieces = inner.split(self._gap)
+        texts = pieces if len(pieces) == 1 else self._texts(pieces)
+        if not all(texts) or self._between.join(texts) != inner:
+            return [], data
+        joined = b"".join(texts)
+        return (texts, rest) if len(joined.translate(None, self.NOT_PLAIN)) == len(joined) else ([], data)
+
+    def _texts(self, pieces: Sequence[bytes]) -> List[bytes]:
+        """What is left of an event's data without head and tail; the first has no head, and the last no tail."""
+        head, tail = self._head_length, -self._tail_length
+        return [pieces[0][:tail], *[piece[head:tail] for piece in pieces[1:-1]], pieces[-1][head:]]
+
+    def event(self, text: bytes) -> Event:
+        """The event in which `run` found a text."""
+        return "message", self._head + text + self._tail
 
     def note_texts(self, texts: Sequence[bytes]) -> int:
         """Texts that came through `plain`, in their order; returns how many characters they have."""
@@ -1551,6 +1614,11 @@ class Decoder:
         if proof == [Frame("content", self.MARKER)]:
             self._head, self._tail = head, tail
             self._head_length, self._tail_length = len(head), len(tail)
+            self._before = b""
+            if self.line and b"\n" not in head + tail:  # else its data were several lines
+                self._before, self._behind = self.line[0] + head, tail + self.line[1]
+                self._between = self._behind + self._before
+                self._gap = self.line[1] + self.line[0]
 
     def _guarded(self, message: Any, kind: str) -> List[Frame]:
         try:
@@ -4546,6 +4614,7 @@ class Exchange:
         self.reader = ResponseReader()
         self.parser = provider.events()
         self.decoder = provider.decoder()
+        self.decoder.line = self.parser.LINE
         self.think = ThinkTags(config.think_tags)
         self.plain: Callable[[bytes], bytes] = self.decoder.plain if self.think.settled else never_plain
         self.chunk_times: Optional[List[float]] = [] if config.record_chunks else None
@@ -4664,16 +4733,32 @@ class Exchange:
             raise ParseError("the answer is longer than %d bytes" % EVENT_LIMIT)
 
     def _consume_stream(self, body: bytes, stamp: float, now: float, look: float) -> None:
-        events = self.parser.feed(body)
+        data = self.parser.gather(body)
+        if not data:
+            return
+        texts: List[bytes] = []
+        if self.plain is not never_plain:
+            texts, data = self.decoder.run(data)
+        events = self.parser.split(data) if data else []
         if events:
-            self._take(events, stamp)
-            self.read_frames += len(events)
-            if self._slack_read == self.read and self.read_frames > 1:
-                self.slack = max(0.0, stamp - look)
+            self._take(events, stamp, texts)
+        elif texts:
+            self._take_run(texts, stamp)
+        else:
+            return
+        self.read_frames += len(texts) + len(events)
+        if self._slack_read == self.read and self.read_frames > 1:
+            self.slack = max(0.0, stamp - look)
 
-    def _take(self, events: Sequence[Event], stamp: float) -> None:
-        """The hot path: all events of one read, which share its stamp."""
-        outputs = 0
+    def _take_run(self, texts: Sequence[bytes], stamp: float) -> None:
+        """The hot path: a read of content frames and nothing else."""
+        outputs = self._note_texts(texts)
+        self.final_event = self.decoder.event(texts[-1])
+        self._note_outputs(outputs, stamp)
+
+    def _take(self, events: Sequence[Event], stamp: float, run: Sequence[bytes] = ()) -> None:
+        """All events of one read, which share its stamp, behind those of a run."""
+        outputs = self._note_texts(run) if run else 0
         plain, texts = self.plain, []  # type: Callable[[bytes], bytes], List[bytes]
         for kind, data in events:
             text = plain(data)
@@ -4693,6 +4778,8 @@ class Exchange:
             self.final_event = last
         elif len(events) > 1:
             self.final_event = events[-2]
+        elif run:
+            self.final_event = self.decoder.event(run[-1])
         if outputs:
             self._note_outputs(outputs, stamp)
 

@@ -856,6 +856,72 @@ def test_figures_are_the_same_whatever_the_reads(number: int) -> None:
             assert figures(played(wire, sorted(chance.sample(range(len(wire)), 3)))) == expected
 
 
+class InFull(Wire):
+    """The same, but every event is parsed as JSON: nothing is learnt from those before."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.exchange.decoder._learn = lambda *_: None  # type: ignore[method-assign]
+
+
+def everything(wire: Wire) -> Dict[str, Any]:
+    """All that an exchange knows, but for the tools it reads with."""
+    tools = ("provider", "on_done", "on_end", "reader", "parser", "decoder", "think", "plain", "_consume")
+    known = {name: value for name, value in vars(wire.exchange).items() if name not in tools}
+    said = "".join(wire.exchange.said or [])  # in whatever pieces
+    return {**known, "said": said, "crc": wire.exchange.decoder.crc, "body": wire.exchange.reader.body_bytes}
+
+
+PLAIN_WORDS = [" tok", "a", " 你好", "🤖", "é", ",", "{}", "  "] * 3
+WORDS = [*PLAIN_WORDS, "\\", '"', "\n", "\x7f", "<", "</think>", "data: ", ""]
+
+
+def made_stream(chance: random.Random) -> List[bytes]:
+    """A stream's events: one frame with ever another text, and whatever else may come between."""
+    words, ends = chance.choice([PLAIN_WORDS, PLAIN_WORDS, WORDS]), chance.choice([b"\n"] * 6 + [b"\r\n"])
+    others = [thought("hm"), call("{}"), b": ping\n\n", text("a", usage=COUNTS), STOP, DONE, ERROR, text("a", other=1)]
+    events = [text(chance.choice(words)) for _ in range(chance.choice([3, 12, 12, 60]))]
+    for _ in range(chance.choice([0, 0, 1, 3])):
+        events.insert(chance.randrange(len(events)), chance.choice([*others, sse(b"{"), b"event: x\n" + text("x")]))
+    events += [STOP, USAGE, DONE][: chance.choice([0, 1, 3, 3, 3])]
+    return [event.replace(b"\n", ends) for event in [ROLE, *events]]
+
+
+def made_wire(chance: random.Random) -> bytes:
+    """A made stream on the wire, most often one event a chunk."""
+    events = made_stream(chance)
+    body = b"".join(events)
+    form = chance.choice(["events", "events", "events", "one", "pieces", "to close"])
+    if form == "to close":
+        return TO_CLOSE + body
+    if form == "one":
+        events = [body]
+    elif form == "pieces":
+        events = [body[begin : begin + 100] for begin in range(0, len(body), 100)]
+    return HEAD + b"".join(map(framed, events)) + chance.choice([END, END, END, b""])
+
+
+def test_two_thousand_streams_read_as_if_every_event_were_parsed() -> None:
+    chance, runs = random.Random(17), [0, 0]
+    for number in range(2000):
+        wire = made_wire(chance)
+        config = {"think_tags": chance.choice(["off", "auto"]), "record_chunks": number % 2 == 0}
+        fast, full = Wire(**config), InFull(**config)
+        fast.exchange.said, full.exchange.said = [], []
+        size = chance.choice([97, 400, 1448, 4096, len(wire)])
+        cuts = sorted({*range(size, len(wire), size), *chance.sample(range(1, len(wire)), 2)})
+        for read, (begin, end) in enumerate(zip([0, *cuts], [*cuts, len(wire)])):
+            if fast.status is None:
+                ticks, lag, look = read + chance.randrange(3), chance.randrange(2), chance.randrange(2)
+                for wired in (fast, full):
+                    wired.read(wire[begin:end], ticks, lag, look)
+                assert everything(fast) == everything(full), (wire, cuts)
+        assert everything(fast.lost()) == everything(full.lost()), (wire, cuts)
+        runs[0] += fast.exchange.decoder._hits
+        runs[1] += fast.exchange.chunks
+    assert runs[0] > runs[1] / 2  # most were not parsed
+
+
 def check_invariants(wire: Wire) -> None:
     """What holds for every answer, broken or not."""
     exchange = wire.exchange

@@ -9,7 +9,7 @@ import json
 import random
 import sys
 import zlib
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
 
@@ -22,6 +22,7 @@ from llmbench import (
     Decoder,
     Dialect,
     Frame,
+    NDJSONParser,
     ParseError,
     Prompt,
     Provider,
@@ -678,6 +679,85 @@ def test_lessons_end_where_nothing_is_learnt() -> None:
         decoder.frames(("message", data))
         parses += decoder._lessons - lessons
     assert parses < 10
+
+
+# The events of a read at once.
+
+
+def check_run(decoder: Decoder, parser: Callable[[], Any], wire: bytes) -> int:
+    """Holds the promise of `run` for bytes that begin with an event; returns how many events it took."""
+    texts, rest = decoder.run(wire)
+    whole, behind = parser(), parser()
+    events = whole.feed(wire)
+    taken = events[: len(texts)]
+    assert [(kind, decoder.plain(data)) for kind, data in taken] == [("message", text) for text in texts], wire
+    assert [decoder.event(text) for text in texts] == taken
+    assert behind.feed(rest) == events[len(texts) :], wire
+    assert b"".join(behind._pending) == b"".join(whole._pending), wire
+    return len(texts)
+
+
+PARSERS = [SSEParser, NDJSONParser]
+
+
+def taught(parser: Callable[[], Any], stream: List[Any]) -> Decoder:
+    """A decoder that has read a stream in full."""
+    decoder = Decoder()
+    decoder.line = parser.LINE  # type: ignore[attr-defined]
+    for message in stream:
+        with contextlib.suppress(ParseError):
+            decoder.frames(("message", encoded(message)))
+    return decoder
+
+
+@streams
+@pytest.mark.parametrize("parser", PARSERS)
+def test_a_run_is_what_the_full_reading_finds(stream: List[Any], parser: Any) -> None:
+    chance = random.Random(3)
+    begin, end = parser.LINE
+    frames = [begin + encoded(message) + end for message in stream]
+    alike = [frame for frame in frames if taught(parser, stream).plain(frame[len(begin) : -len(end)])]
+    for _ in range(150):
+        decoder = taught(parser, stream[: chance.randrange(len(stream) + 1)])
+        wire = b"".join(chance.choice(chance.choice([alike, alike, frames]) or frames) for _ in range(9))
+        if chance.random() < 0.4:
+            wire = chance.choice([mutated, respelled])(wire, chance).lstrip(b"\xef\xbb\xbf").replace(b"\r", b"\n")
+        check_run(decoder, parser, wire[: chance.randrange(len(wire) + 1)])
+        check_run(decoder, parser, wire)
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_a_run_ends_with_the_first_event_that_is_something_else(parser: Any) -> None:
+    begin, end = parser.LINE
+    words = [begin + encoded(text(word)) + end for word in ("a", "bc", "你好", "🤖")]
+    stop = begin + encoded(chunk({}, "stop")) + end
+    decoder = taught(parser, [text("a")])
+    for count in range(1, 5):
+        wire = b"".join(words[:count])
+        assert check_run(decoder, parser, wire) == count
+        assert check_run(decoder, parser, wire + stop + stop) == count
+        for cut in range(1, len(stop)):
+            assert check_run(decoder, parser, wire + words[0][:cut]) == count
+    assert check_run(decoder, parser, stop + words[0]) == 0
+    assert check_run(decoder, parser, b"") == 0
+
+
+@pytest.mark.parametrize("word", ['"', "\\", "\n", "", "\x7f", '"}}]}\n\ndata: {"choices":[{"delta":{"content":"'])
+def test_a_text_that_is_not_plain_ends_no_run_it_prevents_it(word: str) -> None:
+    wire = b"".join(b"data: " + encoded(text(word)) + b"\n\n" for word in ("a", word, "b"))
+    assert check_run(taught(SSEParser, [text("a")]), SSEParser, wire) == 0
+
+
+def test_what_was_learnt_of_several_lines_is_no_run() -> None:
+    decoder, data = taught(SSEParser, [text("a")]), json.dumps(text("a"), indent=1).encode()
+    line = b"data: " + encoded(text("a")) + b"\n\n"
+    assert check_run(decoder, SSEParser, line) == 1
+    decoder.frames(("message", data))
+    assert decoder.plain(data) == b"a"
+    assert check_run(decoder, SSEParser, line) == 0
+    wire = b"data: " + data.replace(b"\n", b"\ndata: ") + b"\n\n"
+    assert check_run(decoder, SSEParser, wire) == 0
+    assert check_run(decoder, SSEParser, b"data: " + data + b"\n\n") == 0
 
 
 # Ten thousand broken answers.
