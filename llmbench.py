@@ -4073,7 +4073,9 @@ def planned_stages(config: Config) -> List[Stage]:
 
 clock = time.monotonic  # the one clock of every interval; tests pass times in instead
 SO_TIMESTAMPNS = 35 if sys.platform.startswith("linux") else None  # <asm-generic/socket.h>, not named in `socket`
+SOL_SOCKET = socket.SOL_SOCKET
 STAMP = struct.Struct("@ll")  # struct timespec
+STAMP_SIZE, read_stamp = STAMP.size, STAMP.unpack
 STAMP_SPACE = socket.CMSG_SPACE(STAMP.size) if hasattr(socket, "CMSG_SPACE") else 0
 READ_SIZE = 65536  # asyncio asks for 256 KiB, whose allocation costs more than a second read would
 CLOCK_JITTER = 5e-6  # two clocks can't be read at the very same moment
@@ -4095,7 +4097,7 @@ class StampedSocket(socket.socket):
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """As socket.recv, noting the stamp."""
-        data, ancillary, _, _ = self.recvmsg(min(size, READ_SIZE), STAMP_SPACE, flags)
+        data, ancillary, _, _ = self.recvmsg(size if size < READ_SIZE else READ_SIZE, STAMP_SPACE, flags)
         self._note(len(data), ancillary)
         return data
 
@@ -4111,8 +4113,8 @@ class StampedSocket(socket.socket):
             return
         self.reads += 1
         for level, kind, data in ancillary:
-            if kind == SO_TIMESTAMPNS and level == socket.SOL_SOCKET and len(data) == STAMP.size:
-                seconds, nanoseconds = STAMP.unpack(data)
+            if kind == SO_TIMESTAMPNS and level == SOL_SOCKET and len(data) == STAMP_SIZE:
+                seconds, nanoseconds = read_stamp(data)
                 self.stamp = seconds + nanoseconds * 1e-9
                 return
         self.stamp = 0.0
@@ -4129,6 +4131,9 @@ class ExactSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type
         if wait and not select.select([self.fileno()], [], [], timeout)[0]:
             return []
         return super().select(timeout)
+
+
+ask = selectors.DefaultSelector.select  # not to wait at all is exact anyway
 
 
 class Poll(ExactSelector):
@@ -4157,17 +4162,20 @@ class Poll(ExactSelector):
         """As the base class; asks without waiting first, so that whether it had to wait is certain."""
         looked, seen = self.returned, self.look if self._waited else self._asked
         self._asked = clock()
-        ready = super().select(0)
-        self._waited = not ready and (timeout is None or timeout > 0)
-        if self._waited:
-            self.longest = max(self.longest, clock() - looked)
+        ready = ask(self, 0)
+        if ready or (timeout is not None and timeout <= 0):
+            self._waited = False
+            self._measure_offset(20e-6)
+            busy = self.returned - looked
+            self.look = self.before = seen
+        else:
+            self._waited = True
+            busy = clock() - looked
             ready = super().select(timeout)
             self._measure_offset(20e-6)
             self.look, self.before = self.returned, self._asked
-        else:
-            self._measure_offset(20e-6)
-            self.longest = max(self.longest, self.returned - looked)
-            self.look = self.before = seen
+        if busy > self.longest:
+            self.longest = busy
         self.polls += 1
         return ready
 
@@ -4655,21 +4663,24 @@ class Exchange:
 
     def received(self, data: bytes, stamp: float, now: float, look: float, read: int, kernel: bool) -> None:
         """What one read brought: it arrived at `stamp`, was read at `now`, may have been there since `look`."""
-        stamp = self.arrived = max(stamp, self.arrived)  # nothing arrives before what came ahead of it
+        if stamp < self.arrived:  # nothing arrives before what came ahead of it
+            stamp = self.arrived
+        self.arrived = stamp
         if not kernel:
             self.kernel = False
         if read != self.read:
             self.read, self.read_frames = read, 0
-        lag = now - stamp
+        lag, reader = now - stamp, self.reader
         try:
-            body = self.reader.feed(data)
-            if self.ttfb_at is None or self._interim != self.reader.interim:
+            body = reader.feed(data)
+            if self.ttfb_at is None or self._interim != reader.interim:
                 self._note_head(stamp)
             if body:
                 before = self.read_frames
                 self._consume(body, stamp, now, look)
-                if self.read_frames > 1 and self.read_frames > before:
-                    lag = max(lag, now - look)
+                frames = self.read_frames
+                if frames > 1 and frames > before and now - look > lag:
+                    lag = now - look
         except ParseError as error:
             self.error_raw = self.error_raw or data[:RAW_LIMIT]
             self.finish("parse_error", str(error), stamp)
@@ -4678,7 +4689,7 @@ class Exchange:
             self.lag = lag
         bucket = log_bucket(lag)
         self.lags[bucket] = self.lags.get(bucket, 0) + 1
-        if self.reader.complete and self.status is None:
+        if reader.complete and self.status is None:
             self._complete()
 
     def lost(self, clean: bool, reason: str) -> None:
@@ -4795,8 +4806,10 @@ class Exchange:
             bucket = log_bucket(gap)
             self.gaps[bucket] = self.gaps.get(bucket, 0) + 1
             self.gap_sum += gap
-            self.gap_min = min(self.gap_min, gap)
-            self.gap_max = max(self.gap_max, gap)
+            if gap < self.gap_min:
+                self.gap_min = gap
+            if gap > self.gap_max:
+                self.gap_max = gap
         if outputs > 1:  # frames of one read share its stamp
             self.gaps[0] = self.gaps.get(0, 0) + outputs - 1
             self.gap_min = 0.0
