@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, Callable
@@ -237,6 +240,46 @@ def test_the_startup_benchmark_prints_a_row_for_each_python(pyz: Path, tmp_path:
     assert done.returncode in (0, 1), done.stderr
     rows = [line.split()[0] for line in done.stdout.splitlines()]
     assert rows == ["llmbench.pyz,", "Python", here, "9.9"]
+
+
+def processes_of(group: int) -> dict[int, str]:
+    """The living processes of a process group and what each was started as."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            state, _, in_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(in_group) == group and state not in "ZX":
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Whether it holds within some seconds."""
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes in /proc")
+@pytest.mark.parametrize("begun", [" mock ", " run "])
+def test_a_benchmark_that_is_told_to_end_leaves_no_process_and_no_file(begun: str, tmp_path: Path) -> None:
+    """As its server has just been started, and as the client runs."""
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "run.py"), "--mock", "--case", "slowed", "--program"]
+    bench = subprocess.Popen(
+        [*command, str(ROOT / "llmbench.py")], stdout=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    try:
+        assert wait_for(lambda: any(begun in words for words in processes_of(bench.pid).values()))
+        bench.send_signal(signal.SIGTERM)
+        assert bench.wait(20) == 128 + signal.SIGTERM
+        assert wait_for(lambda: not processes_of(bench.pid)), processes_of(bench.pid)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(bench.pid, signal.SIGKILL)
+        bench.wait()
 
 
 # build.py's command line

@@ -15,10 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from startup import clean_environment
 
@@ -87,6 +87,31 @@ class Outcome(NamedTuple):
         return [(seen, self.truth[request_id]) for request_id, seen in self.seen.items()]
 
 
+# Processes.
+
+
+def end_on_sigterm() -> None:
+    """Lets SIGTERM unwind this process like an exit, so that each `with` ends what it started."""
+
+    def leave(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough: a second one would cut the ending short
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+@contextmanager
+def running(command: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen]:
+    """A process for the length of a `with`: whatever ends that, the process does not outlive it."""
+    process = subprocess.Popen(command, text=True, env=clean_environment(), **streams)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
 # Servers.
 
 
@@ -125,12 +150,15 @@ class Server:
         with suppress(OSError):  # where it is allowed: a client that takes all CPUs must not hold up the truth
             os.setpriority(os.PRIO_PROCESS, self.process.pid, self.niceness)
         deadline = time.monotonic() + 10
-        while self.process.poll() is None and time.monotonic() < deadline:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return self
-            time.sleep(0.02)
-        self.process.kill()
-        raise BenchError("the server did not start: " + " ".join(self.command))
+        try:
+            while self.process.poll() is None and time.monotonic() < deadline:
+                with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                    return self
+                time.sleep(0.02)
+            raise BenchError("the server did not start: " + " ".join(self.command))
+        except BaseException:  # there is no __exit__ then
+            self.process.kill()
+            raise
 
     def __exit__(self, *_exception: object) -> None:
         """Ends it and reads how much CPU it took."""
@@ -289,15 +317,14 @@ class Rig:
             command = [self.python, *slow, str(program), "run", "--url", "http://127.0.0.1:%d" % server.port]
             command += ["--model", "truth", "--concurrency", str(load.streams), "--total-requests", str(load.requests)]
             command += ["--max-tokens", str(load.tokens), "--out", str(out), "--progress", "none", "--lang", "en"]
+            command += flags
             before = clock_offset()
-            process = subprocess.Popen(
-                command + list(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                env=clean_environment(), stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-            watching = Watch(process.pid, out / "results.jsonl") if watch else None
-            if pause is not None:
-                pause(process)
-            finish(process, "llmbench", (0, 4))
+            streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            with running(command, **streams) as process:
+                watching = Watch(process.pid, out / "results.jsonl") if watch else None
+                if pause is not None:
+                    pause(process)
+                finish(process, "llmbench", (0, 4))
             after = clock_offset()
         records, audits = read_records(out)
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -313,10 +340,8 @@ class Rig:
         with Server(self, load) as server:
             command = [self.python, str(HERE / "bare_loop.py"), "--port", str(server.port), "--streams"]
             command += [str(load.streams), "--requests", str(load.requests), "--max-tokens", str(load.tokens)]
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment()
-            )
-            told = json.loads(finish(process, "the bare loop", (0,)))
+            with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                told = json.loads(finish(process, "the bare loop", (0,)))
         seen = {
             name: Seen(due, start, first, end, (first - start) / 1e6, 0.0)
             for name, due, start, first, end in told["requests"]
@@ -336,8 +361,6 @@ def finish(process: subprocess.Popen, name: str, good: Sequence[int]) -> str:
     try:
         output, said = process.communicate(timeout=RUN_LIMIT)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
         raise BenchError("%s took more than %d s" % (name, RUN_LIMIT)) from None
     if process.returncode not in good:
         tail = (said or "").strip()[-400:]

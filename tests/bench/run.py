@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import made_results
-from rig import BenchError, Load, Outcome, Rig, Watch, finish, python_name, quantile
-from startup import clean_environment
+from rig import BenchError, Load, Outcome, Rig, Watch, end_on_sigterm, finish, python_name, quantile, running
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -346,12 +345,10 @@ def case_report(rig: Rig, sizes: Sizes) -> None:
     rows = []
     for name, program in rig.programs:
         began = time.monotonic()
-        process = subprocess.Popen(
-            [rig.python, str(program), "report", str(directory)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True, env=clean_environment(),
-        )  # fmt: skip
-        watch = Watch(process.pid)
-        finish(process, "report", (0,))
+        command = [rig.python, str(program), "report", str(directory)]
+        with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            watch = Watch(process.pid)
+            finish(process, "report", (0,))
         seconds = time.monotonic() - began
         page, results = ((directory / name).stat().st_size / 1e6 for name in ("report.html", "results.jsonl"))
         figures = (seconds, watch.peak_kb / 1024, page, results)
@@ -461,6 +458,7 @@ def run_case(name: str, rig: Rig, sizes: Sizes) -> Optional[str]:
 def main(arguments: Any = None) -> int:
     """Prints the tables; 1 when something did not run."""
     options = parser().parse_args(arguments)
+    end_on_sigterm()
     programs = options.program or [("llmbench", default_program())]
     with tempfile.TemporaryDirectory(prefix="llmbench-bench-") as directory:
         rig = Rig(Path(directory), programs, options.python, not options.mock)
