@@ -222,10 +222,13 @@ def test_bytes_that_end_a_wait_arrived_when_the_loop_looked(wire):
         time.sleep(0.05)  # so that the loop is idle when the bytes come
         peer.send(b"late!")
 
-    with Server(behave, tls) as server:
-        receiver, start = converse(server.url, **given)
-        before, after = server.peers[0].sent[0]
-    (arrival,) = receiver.arrivals
+    for _ in range(20):  # a busy machine may wake the loop late, and then the poll before bounds what it brought
+        with Server(behave, tls) as server:
+            receiver, start = converse(server.url, **given)
+            before, after = server.peers[0].sent[0]
+        (arrival,) = receiver.arrivals
+        if arrival.now - arrival.stamp < llmbench.LATE_WAKE:
+            break
     assert arrival.kernel
     assert before - EARLY <= arrival.stamp <= after + LATE
     assert before - EARLY <= arrival.look <= arrival.now, "it had to wait, so look is the poll's return"
