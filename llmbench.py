@@ -10937,6 +10937,14 @@ def read_rate(text: str) -> float:
     return float(text)
 
 
+def read_factor(text: str) -> float:
+    """How many times as fast: a number above 0."""
+    try:
+        return read_rate(text)
+    except ValueError:
+        raise ValueError("needs a factor such as 0.5 or 2") from None
+
+
 def read_rates(text: str) -> List[float]:
     """A list such as `0.5,1,2`; 0 is no rate at all: a closed loop."""
     return [] if text.strip() == "0" else [read_rate(part) for part in text.split(",")]
@@ -11079,7 +11087,7 @@ RUN_FLAGS = (
          "({\"conversations\"}), or a trace (timestamp, input_length, output_length; BurstGPT's CSV); - reads stdin"),
     Flag("timestamp-unit", read_choice("auto", "ms", "s"), "UNIT", "auto",
          "unit of a trace's timestamps; auto: ms in JSONL, s in CSV"),
-    Flag("trace-speed", read_rate, "X", "1", "replay a trace so many times as fast"),
+    Flag("trace-speed", read_factor, "X", "1", "replay a trace so many times as fast"),
     Flag("order", read_choice(*ORDERS), "ORDER", "in-order",
          "which prompt comes next: in-order of the file, shuffled anew each time round, or random, by --seed"),
     Flag("turns", read_count(1), "N", "all", "of a conversation, play so many of the user's turns at most"),
@@ -11649,8 +11657,10 @@ def follow_trace(config: Config, workload: Workload) -> None:
     if workload.block_tokens and "unique" not in config.given:
         config.unique = False  # a prefix of its own would end what the trace's requests have in common
     if not workload.trace:
-        if config.arrival == "trace":
-            raise UserError("--arrival trace needs a --workload-file that is a trace, with timestamps")
+        for flag, named in (("arrival trace", config.arrival == "trace"), ("trace-speed", config.trace_speed != 1.0),
+                            ("timestamp-unit", config.timestamp_unit != "auto")):  # fmt: skip
+            if named:
+                raise UserError("--%s needs a --workload-file that is a trace, with timestamps" % flag)
         return
     load_given = not {"concurrency", "rps", "find_max"}.isdisjoint(config.given)
     if load_given and config.arrival != "trace":

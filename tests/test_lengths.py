@@ -174,6 +174,14 @@ def test_what_would_take_requests_out_of_a_trace_is_refused(tmp_path, flags):
     assert "does not go with a trace's own times" in run.stderr
 
 
+@pytest.mark.parametrize("flags", [["--arrival", "trace"], ["--trace-speed", "2"], ["--timestamp-unit", "s"]])
+def test_what_only_a_trace_has_is_refused_without_one(tmp_path, flags):
+    run = Run(tmp_path / "a", "--url", "mock:", *flags).wait()
+    assert run.status == 2
+    assert "needs a --workload-file that is a trace" in run.stderr
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_bad_line_of_a_trace_is_named(tmp_path):
     rows = [*MOONCAKE, {"timestamp": 1000, "input_length": -3, "output_length": 1}]
     run = Run(tmp_path / "a", "--url", "mock:", "--workload-file", trace_file(tmp_path, rows)).wait()
