@@ -3685,8 +3685,16 @@ def gates_of(config: Mapping[str, Any]) -> List[Gate]:
         raise UserError("the run's --slo %s; this version of llmbench can't judge it" % error) from None
 
 
-def judge_stage(lines: Iterable[Mapping[str, Any]], stage: int) -> Tuple[List[Dict[str, Any]], bool]:
-    """How one stage of results.jsonl did: its `slo` entries, and whether the client was its limit."""
+def fell_short(stage: Mapping[str, Any]) -> bool:
+    """Whether a stage never had the load that it stands for: requests were dropped, or went out too late."""
+    requests, client = stage.get("requests", {}), stage["client"]
+    requested = client.get("requested_rps", 0.0)
+    missing = 100.0 - part_of(client.get("achieved_rps", 0.0), requested) if requested else 0.0
+    return requests.get("dropped", 0) > 0 or (missing > RATE_LIMIT and missing * requests.get("total", 0) >= 500)
+
+
+def judge_stage(lines: Iterable[Mapping[str, Any]], stage: int) -> Tuple[List[Dict[str, Any]], Dict[str, Any]]:
+    """How one stage of results.jsonl did: its `slo` entries, and its whole block."""
     collector = Collector()
     for line in lines:
         of = line["audit"]["stage"] if "audit" in line else line.get("stage", stage)
@@ -3694,7 +3702,7 @@ def judge_stage(lines: Iterable[Mapping[str, Any]], stage: int) -> Tuple[List[Di
             collector.add(line)
     config, rows = collector.header["config"], collector.rows()[-1]
     block = summarize_stage(rows, config["token_mode"], collector.audits, gates_of(config))
-    return block["slo"], "limited_by" in block["client"]
+    return block["slo"], block
 
 
 def all_passed(summary: Mapping[str, Any]) -> bool:
@@ -3707,17 +3715,20 @@ def all_passed(summary: Mapping[str, Any]) -> bool:
 def find_max(stages: Sequence[Mapping[str, Any]], kind: str) -> Dict[str, Any]:
     """What a search for the highest load found: `{kind, load, confirmed, failed, probes}`; pure.
 
-    A probe passed if its stage passed every gate and this client was not its limit. `load` is the highest of which
-    every probe passed, as did those of every lower load; it is confirmed by a second probe. `failed` is the lowest load
-    of which a probe did not pass: `{stage, load}`, with `client: true` where this client was the limit. Either may be
-    absent.
+    A probe passed if its stage passed every gate, this client was not its limit, and its load was reached. `load` is
+    the highest of which every probe passed, as did those of every lower load; it is confirmed by a second probe.
+    `failed` is the lowest load of which a probe did not pass: `{stage, load}`, with `client: true` where this client
+    was the limit, and `short: true` where requests were dropped or late under a cap. Either may be absent.
     """
     probes: List[Dict[str, Any]] = []
     for stage in stages:
         limited = bool(stage["client"].get("limited_by"))
-        passed = bool(stage.get("slo")) and all(entry["passed"] for entry in stage["slo"]) and not limited
+        short = fell_short(stage) and not limited
+        met = bool(stage.get("slo")) and all(entry["passed"] for entry in stage["slo"])
+        passed = met and not limited and not short
         probe = {"stage": stage["stage"], "load": stage["load"].get(kind, 0), "passed": passed}
-        probes.append({**probe, "client": True} if limited else probe)
+        marks = {"client": limited, "short": short and met}
+        probes.append({**probe, **{mark: True for mark, given in marks.items() if given}})
     ordered = sorted(probes, key=lambda probe: (probe["load"], probe["passed"]))
     failed = next((probe for probe in ordered if not probe["passed"]), None)
     below = [probe["load"] for probe in ordered if failed is None or probe["load"] < failed["load"]]
@@ -7107,7 +7118,7 @@ def search_words(texts: Mapping[str, str], summary: Mapping[str, Any]) -> str:
         values["confirmed"] = texts["search.confirmed" if search["confirmed"] else "search.unconfirmed"]
         values["where"] = search_place(texts, blocks[found[-1]])
     key = "search.found" if "load" in search else "search.none"
-    key += "_open" if not failed else "_client" if failed.get("client") else ""
+    key += "_open" if not failed else "_client" if failed.get("client") else "_short" if failed.get("short") else ""
     return texts[key].format(**values)
 
 
@@ -11542,9 +11553,10 @@ class Session:
             stage = probe_stage(self.config, index, load)
             progress.stages = index + 2  # one more than there are so far: how many there will be nobody knows
             yield stage
-            entries, limited = judge_stage(read_lines(path, warn), index)
+            entries, block = judge_stage(read_lines(path, warn), index)
             failed = [entry["gate"] for entry in entries if not entry["passed"]]
-            failed += ["the client was the limit"] * limited
+            failed += ["the client was the limit"] * ("limited_by" in block["client"])
+            failed += ["the load was not reached"] * fell_short(block)
             said = "%d streams" % stage.concurrency if stage.rps is None else "%g req/s" % stage.rps
             progress.note = "probe %d, %s: %s" % (index + 1, said, ", ".join(failed) or "all gates passed")
             try:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import random
+import re
 import statistics
 
 import pytest
@@ -711,13 +712,23 @@ def test_an_earlier_selftest_is_quoted_at_the_most_streams_that_an_open_loop_had
 
 
 def searched(probes, kind="concurrency"):
-    """What a search found: probes are (load, "ok", "bad" or "client"), in their order."""
+    """What a search found: probes are (load, "ok", "bad", "client" or "short"), in their order."""
     stages = [
         {"stage": number, "load": {kind: load}, "slo": [{"passed": True}, {"passed": said != "bad"}],
-         "client": {"limited_by": ["cpu"]} if said == "client" else {}}
+         "client": {"limited_by": ["cpu"]} if said == "client" else {},
+         "requests": {"total": 100, "dropped": 3 if said == "short" else 0}}
         for number, (load, said) in enumerate(probes)
     ]  # fmt: skip
     return llmbench.find_max(stages, kind)
+
+
+@pytest.mark.parametrize("client,total,dropped,short", [
+    ({}, 100, 0, False), ({}, 100, 1, True), ({"requested_rps": 50.0, "achieved_rps": 49.5}, 1000, 0, False),
+    ({"requested_rps": 50.0, "achieved_rps": 48.0}, 1000, 0, True),
+    ({"requested_rps": 50.0, "achieved_rps": 48.0}, 50, 0, False),  # two requests are no rate
+])  # fmt: skip
+def test_a_load_that_was_not_reached_is_known(client, total, dropped, short):
+    assert llmbench.fell_short({"client": client, "requests": {"total": total, "dropped": dropped}}) is short
 
 
 @pytest.mark.parametrize("probes,load,confirmed,failed", [
@@ -728,10 +739,12 @@ def searched(probes, kind="concurrency"):
     ("1ok 2ok 2ok", 2, True, None), ("4bad", None, False, {"stage": 0, "load": 4}),
     ("4bad 2bad 1bad", None, False, {"stage": 2, "load": 1}),
     ("1ok 2client 1ok", 1, True, {"stage": 1, "load": 2, "client": True}),
+    ("1ok 2ok 4short 2ok", 2, True, {"stage": 2, "load": 4, "short": True}),
+    ("1short", None, False, {"stage": 0, "load": 1, "short": True}),
     ("1client", None, False, {"stage": 0, "load": 1, "client": True}), ("", None, False, None),
 ])  # fmt: skip
 def test_the_highest_load_of_which_and_below_which_everything_passed(probes, load, confirmed, failed):
-    pairs = [(int(probe.rstrip("okbadclient")), probe.lstrip("0123456789")) for probe in probes.split()]
+    pairs = [(int(load), said) for load, said in re.findall(r"([0-9]+)([a-z]+)", probes)]
     found = searched(pairs)
     assert (found.get("load"), found["confirmed"], found.get("failed")) == (load, confirmed, failed)
     assert [(probe["stage"], probe["load"], probe["passed"]) for probe in found["probes"]] == [
