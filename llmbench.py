@@ -3352,6 +3352,8 @@ def sample_reasons(rows: Rows, stage: Mapping[str, Any], config: Mapping[str, An
         yield Reason("CAUTION", "cancelled", {"n": requests["cancelled"], "share": share})
     if requests["dropped"]:
         yield Reason("CAUTION", "dropped", {"n": requests["dropped"]})
+    if requests.get("unmade"):
+        yield Reason("CAUTION", "unmade", {"n": requests["unmade"]})
     if not success:
         yield Reason("CAUTION", "nothing", {"n": requests["total"]})
     else:
@@ -3712,16 +3714,17 @@ def all_passed(summary: Mapping[str, Any]) -> bool:
     return all(entry["passed"] for entry in summary["slo"])
 
 
-def find_max(stages: Sequence[Mapping[str, Any]], kind: str) -> Dict[str, Any]:
-    """What a search for the highest load found: `{kind, load, confirmed, failed, probes}`; pure.
+def find_max(stages: Sequence[Mapping[str, Any]], kind: str, whole: bool = True) -> Dict[str, Any]:
+    """What a search for the highest load found: `{kind, load, confirmed, failed, probes, cut_off}`; pure.
 
     A probe passed if its stage passed every gate, this client was not its limit, and its load was reached. `load` is
     the highest of which every probe passed, as did those of every lower load; it is confirmed by a second probe.
     `failed` is the lowest load of which a probe did not pass: `{stage, load}`, with `client: true` where this client
-    was the limit, and `short: true` where requests were dropped or late under a cap. Either may be absent.
+    was the limit, and `short: true` where requests were dropped or late under a cap. Either may be absent. `whole`:
+    whether the search came to its end; a probe that was under way when it was cut off says nothing.
     """
     probes: List[Dict[str, Any]] = []
-    for stage in stages:
+    for stage in stages if whole else stages[:-1]:
         limited = bool(stage["client"].get("limited_by"))
         short = fell_short(stage) and not limited
         met = bool(stage.get("slo")) and all(entry["passed"] for entry in stage["slo"])
@@ -3738,6 +3741,8 @@ def find_max(stages: Sequence[Mapping[str, Any]], kind: str) -> Dict[str, Any]:
     found["confirmed"] = len(below) > 1 and below[-2] == below[-1]
     if failed is not None:
         found["failed"] = {key: value for key, value in failed.items() if key != "passed"}
+    if not whole:
+        found["cut_off"] = True
     return {**found, "probes": probes}
 
 
@@ -3752,6 +3757,19 @@ def noise_floor(selftest: Mapping[str, Any], streams: int) -> Dict[str, Any]:
     return {"streams": level["streams"], "first_p99_ms": level["first_ms"]["p99"], "at": selftest.get("at", "")}
 
 
+def unmade_of(collector: Collector, stage: Mapping[str, Any]) -> int:
+    """The planned requests of a stage that were never made, in a run that came to its end: turns behind a failed one.
+
+    Not known of a stage that time ended, nor of a part of a run.
+    """
+    plan, header = collector.plans.get(stage["stage"], {}), collector.header
+    part = "shard" in header.get("config", {}) or bool(header.get("merged", {}).get("missing"))
+    done = collector.end is not None and collector.end.get("reason", "done") == "done"
+    if part or not done or "duration" in plan or "total" not in plan:
+        return 0
+    return max(0, plan["total"] - stage["requests"]["total"])
+
+
 def summarize(collector: Collector) -> Dict[str, Any]:
     """summary.json. With several stages the percentiles stand per stage only: pooled they would mean nothing."""
     header = collector.header
@@ -3762,6 +3780,10 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     stages = [
         summarize_stage(stage, mode, collector.audits, gates, first_dues(merged, stage.stage)) for stage in rows
     ]
+    for stage in stages:
+        unmade = unmade_of(collector, stage)
+        if unmade:
+            stage["requests"]["unmade"] = unmade
     summary: Dict[str, Any] = {"schema": 1}
     for key in ("tool_version", "run_id", "provider", "model", "url", "started_at", "merged"):
         if header.get(key) is not None:
@@ -3787,7 +3809,8 @@ def summarize(collector: Collector) -> Dict[str, Any]:
         summary["end"] = collector.end
     summary["config"] = config
     if config.get("find_max") and gates:
-        summary["find_max"] = find_max(stages, config["find_max"])
+        whole = collector.end is not None and collector.end.get("reason", "done") == "done"
+        summary["find_max"] = find_max(stages, config["find_max"], whole)
     summary["verdict"] = judge(summary, rows)
     return summary
 # ==================================================================================================
@@ -4002,51 +4025,64 @@ def plan_stages(config: Config) -> List[Stage]:
 class Bounds(NamedTuple):
     """What a run comes to at the worst; None: nothing bounds it."""
 
-    stages: int
     requests: Optional[int]  # warm-up included
-    in_flight: Optional[int]
+    in_flight: int
     out_tokens: Optional[int]
     seconds: float
 
-
-def stage_requests(config: Config, stage: Stage, prompts: Sequence[Prompt]) -> Optional[int]:
-    """The requests that a stage makes at most, warm-up included; None: as many as its streams get done in its time."""
-    total, duration = stage.total, stage.duration
-    if stage.rps is not None and duration is not None:
-        dues = itertools.takewhile(lambda due: due < duration, stage_dues(config, stage, "measure", prompts))
-        total = sum(1 for _ in itertools.islice(dues, total))
-    return None if total is None else stage.warmup + total
+    def after(self, other: "Bounds") -> "Bounds":
+        """This and what comes before it, one after the other."""
+        requests = None if None in (self.requests, other.requests) else self.requests + other.requests  # type: ignore[operator]
+        tokens = None if None in (self.out_tokens, other.out_tokens) else self.out_tokens + other.out_tokens  # type: ignore[operator]
+        return Bounds(requests, max(self.in_flight, other.in_flight), tokens, self.seconds + other.seconds)
 
 
-def stage_seconds(config: Config, stage: Stage) -> float:
-    """How long a stage takes if every request takes its whole time-out."""
-    grace = config.timeout if config.grace is None else config.grace
+def phase_bounds(config: Config, stage: Stage, phase: str, prompts: Sequence[Prompt]) -> Bounds:
+    """What a phase of a stage comes to if every request takes its whole time-out and answers as long as it may."""
+    total, duration = (stage.warmup, None) if phase == "warmup" else (stage.total, stage.duration)
+    turns = min(max(1 + len(prompt.turns) for prompt in prompts), config.turns or sys.maxsize)
+    longest = max(config.output_tokens or prompt.output_tokens or prompt.max_tokens or config.max_tokens
+                  for prompt in prompts)  # fmt: skip
+    patience, streams, last = config.timeout * turns, stage.concurrency, 0.0
+    if stage.rps is not None:
+        dues = itertools.islice(stage_dues(config, stage, phase, prompts), total)
+        due, last, crowd = count_dues(dues, math.inf if duration is None else duration, patience)
+        streams = min(streams or crowd, crowd)
+        total = due * turns if total is None else min(total, due * turns)
+    seconds = math.inf if total is None else last + patience * math.ceil(total / max(1, streams))
+    if duration is not None:
+        seconds = min(seconds, duration + (config.timeout if config.grace is None else config.grace))
+    in_flight = streams if total is None else min(streams, total)
+    return Bounds(total, in_flight, None if total is None else total * longest, seconds + (config.ramp or 0.0))
 
-    def spent(count: int) -> float:
-        rounds = math.ceil(count / stage.concurrency) if stage.concurrency else 1
-        return config.timeout * rounds + (0.0 if stage.rps is None else count / stage.rps)
 
-    measured = math.inf if stage.total is None else spent(stage.total)
-    if stage.duration is not None:
-        measured = min(measured, stage.duration + grace)
-    return measured + (spent(stage.warmup) if stage.warmup else 0.0) + (config.ramp or 0.0)
+def count_dues(dues: Iterable[float], end: float, span: float) -> Tuple[int, float, int]:
+    """Of rising moments before `end`: how many, the last one, and the most that lie within any `span`.
+
+    >>> count_dues([0.0, 1.0, 1.5, 9.0], 5.0, 1.0)
+    (3, 1.5, 2)
+    """
+    count, last, most = 0, 0.0, 0
+    within: Deque[float] = collections.deque()
+    for last in itertools.takewhile(lambda due: due < end, dues):
+        count += 1
+        within.append(last)
+        while within[0] <= last - span:
+            within.popleft()
+        most = max(most, len(within))
+    return count, last, most
 
 
 def bounds_of(config: Config, stages: Sequence[Stage], prompts: Sequence[Prompt]) -> Bounds:
     """What these stages come to at the worst."""
-    counts = [stage_requests(config, stage, prompts) for stage in stages]
-    longest = max(config.output_tokens or prompt.output_tokens or prompt.max_tokens or config.max_tokens
-                  for prompt in prompts)  # fmt: skip
-    requests = None if None in counts else sum(counts)  # type: ignore[arg-type]
-    flights = [
-        stage.concurrency or min(count or 0, math.ceil((stage.rps or 0.0) * config.timeout) + 1)
-        for stage, count in zip(stages, counts)
-    ]
-    tokens = None if requests is None else requests * longest
-    if config.max_total_tokens is not None:
-        tokens = min(config.max_total_tokens, math.inf if tokens is None else tokens)  # type: ignore[assignment]
-    seconds = sum(stage_seconds(config, stage) for stage in stages)
-    return Bounds(len(stages), requests, max(flights), tokens, seconds)
+    whole = Bounds(0, 0, 0, 0.0)
+    for stage in stages:
+        if stage.warmup:
+            whole = phase_bounds(config, stage, "warmup", prompts).after(whole)
+        whole = phase_bounds(config, stage, "measure", prompts).after(whole)
+    if config.max_total_tokens is not None and (whole.out_tokens is None or whole.out_tokens > config.max_total_tokens):
+        return whole._replace(out_tokens=config.max_total_tokens)
+    return whole
 
 
 def planned_stages(config: Config) -> List[Stage]:
@@ -5065,7 +5101,7 @@ class Progress:
     """What a live line shows of a running stage."""
 
     stage: int = 0
-    stages: int = 1
+    stages: int = 1  # 0: nobody knows
     concurrency: int = 1
     phase: str = "measure"
     total: Optional[int] = None
@@ -5395,12 +5431,12 @@ class Runner:
 
         A turn carries what the endpoint answered to those before it. One that fails ends the conversation.
         """
-        job: Optional[Job] = stream.job or self._first_job(phase.stage, talk)
+        job = stream.job or self._first_job(phase.stage, talk)
         stream.job = None
         freed = due
         for turn in range(1, talk.turns + 1):
             self.progress.in_flight += 1
-            record, attempt = await self._perform(stream, phase, job, freed)  # type: ignore[arg-type]
+            record, attempt = await self._perform(stream, phase, job, freed)
             self.progress.in_flight -= 1
             if turn > 1:
                 record.turn = turn
@@ -5414,15 +5450,10 @@ class Runner:
             freed = attempt.freed
             if turn == talk.turns or attempt.exchange.status != "ok" or not self._may_start(phase, freed):
                 break
-            job = self._next_job(phase.stage, job, talk.first + turn, attempt.exchange)  # type: ignore[arg-type]
-            if job is None:
-                break
+            sent = next_turn(job.sent, "".join(attempt.exchange.said or ()))
+            assert sent is not None, "a talk has no more turns than its prompt"
+            job = self._make_job(sent, self._request_id(phase.stage, talk.first + turn), self.provider.dialect)
         return freed
-
-    def _next_job(self, stage: Stage, job: Job, index: int, exchange: Exchange) -> Optional[Job]:
-        """The request of a conversation's next turn."""
-        sent = next_turn(job.sent, "".join(exchange.said or ()))
-        return sent and self._make_job(sent, self._request_id(stage, index), self.provider.dialect)
 
     # The open loop.
 
@@ -5524,7 +5555,7 @@ class Runner:
         while self._backlog:
             due = self._backlog.popleft()
             request_id = self._request_id(phase.stage, due.talk.first)
-            record = self._new_record(request_id, self._prompt_of(due.talk), phase.name, phase.stage)
+            record = self._new_record(request_id, self._prompt_of(due.talk.number), phase.name, phase.stage)
             record.status, record.err = "dropped", "due, but never sent: " + why
             record.scheduled_ms = milliseconds(due.moment - self.zero)
             self._finish_record(record)
@@ -5591,17 +5622,18 @@ class Runner:
     def _request_id(self, stage: Stage, index: int) -> str:
         return "%s-%d-%d" % (self.config.run_id, stage.index, index)
 
-    def _prompt_of(self, talk: Talk) -> Prompt:
-        return self.prompts[order_index(self.config.order, self.config.seed, len(self.prompts), talk.number)]
+    def _prompt_of(self, number: int) -> Prompt:
+        """The prompt of a conversation."""
+        return self.prompts[order_index(self.config.order, self.config.seed, len(self.prompts), number)]
 
     def _turns_of(self, number: int) -> int:
         """How many requests a conversation takes."""
-        turns = 1 + len(self._prompt_of(Talk(number, number, 1)).turns)
+        turns = 1 + len(self._prompt_of(number).turns)
         return turns if self.config.turns is None else min(turns, self.config.turns)
 
     def _first_job(self, stage: Stage, talk: Talk) -> Job:
         """The first request of a conversation."""
-        prompt, request_id = self._prompt_of(talk), self._request_id(stage, talk.first)
+        prompt, request_id = self._prompt_of(talk.number), self._request_id(stage, talk.first)
         if self._shaper is not None:
             name = "%d-%d" % (stage.index, talk.number)
             prompt = self._shaper.prompt(prompt, stage.length, name, talk.number)
@@ -5848,7 +5880,7 @@ class Runner:
     def _count(self, record: Record) -> None:
         progress = self.progress
         failed = record.status != "ok" and record.status not in NOT_JUDGED
-        progress.all_done += record.phase != "probe"
+        progress.all_done += record.phase != "probe" and record.status not in NOT_JUDGED
         progress.all_failed += failed and record.phase != "probe"
         progress.all_tokens += (record.in_tokens or 0) + (record.out_tokens or 0)
         if self._together is None and not self.stopping:  # else who watches over all parts adds up
@@ -5872,6 +5904,7 @@ class Runner:
             self.stop(reason)
 
 
+UNCOUNTED_ANSWERS = 3  # answers without any token count, after which --max-total-tokens can't be kept
 PERCENT_OF = 20  # requests that must be over before --max-errors N% is judged
 
 
@@ -5885,6 +5918,8 @@ def over_budget(config: Config, progress: Progress) -> str:
             return "max-errors: %d of %d requests failed, more than %s" % (failed, done, config.max_errors)
     if config.max_total_tokens is not None and tokens >= config.max_total_tokens:
         return "max-total-tokens: %d tokens were used" % tokens
+    if config.max_total_tokens is not None and not tokens and done - failed >= UNCOUNTED_ANSWERS:
+        return "max-total-tokens: the endpoint reports no token counts, so that nothing would bound them"
     return ""
 
 
@@ -7118,7 +7153,10 @@ def search_words(texts: Mapping[str, str], summary: Mapping[str, Any]) -> str:
         values["confirmed"] = texts["search.confirmed" if search["confirmed"] else "search.unconfirmed"]
         values["where"] = search_place(texts, blocks[found[-1]])
     key = "search.found" if "load" in search else "search.none"
-    key += "_open" if not failed else "_client" if failed.get("client") else "_short" if failed.get("short") else ""
+    if failed:
+        key += "_client" if failed.get("client") else "_short" if failed.get("short") else ""
+    else:
+        key += "_cut" if search.get("cut_off") else "_open"
     return texts[key].format(**values)
 
 
@@ -8753,18 +8791,17 @@ class ResultsWriter:
     def __init__(self, directory: str) -> None:
         self.path = os.path.join(directory, RESULTS)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._broken = False  # a line was cut off: what is written after it could not be read
+        self._broken = ""  # why a line was cut off: what is written after it could not be read
 
     def write(self, value: Mapping[str, Any]) -> None:
         """One line; raises WriteError."""
         line = encode_line(value)
         if self._broken:
-            raise WriteError("%s could not be written: an earlier line was cut off" % self.path)
+            raise WriteError("%s could not be written: %s" % (self.path, self._broken))
         try:
-            written = os.write(self._descriptor, line)
-            self._broken = written != len(line)
-            if self._broken:  # a full disk writes a part first
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if os.write(self._descriptor, line) != len(line):  # a full disk writes a part first
+                self._broken = os.strerror(errno.ENOSPC)
+                raise OSError(errno.ENOSPC, self._broken)
         except OSError as error:
             raise WriteError("%s could not be written: %s" % (self.path, error.strerror or error)) from None
 
@@ -9378,10 +9415,14 @@ def progress_line(progress: Progress, texts: Mapping[str, str], now: float) -> s
     left = seconds_left(progress, now)
     if left is not None:
         parts.append(texts["terminal.left"].format(time=short_duration(left)))
+    if progress.waiting:
+        parts.insert(2, "%d %s" % (progress.waiting, texts["terminal.waiting"]))
+    load = {"concurrency": progress.concurrency} if progress.rps is None else {"rps": progress.rps}
     stage = texts["terminal.stage"].format(
-        number=progress.stage + 1, stages=progress.stages, streams=progress.concurrency
+        number=progress.stage + 1, stages=progress.stages or "?", load=load_words(texts, load)
     )
-    head = ([stage] if progress.stages > 1 else []) + ([texts["terminal.warmup"]] if progress.phase == "warmup" else [])
+    head = [stage] if progress.stages != 1 else []
+    head += [texts["terminal.warmup"]] if progress.phase == "warmup" else []
     return "  ".join(head + parts)
 
 
@@ -10950,7 +10991,7 @@ def read_counts(text: str) -> List[int]:
 def read_rate(text: str) -> float:
     """Requests per second above 0."""
     if not re.match(r"^([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)$", text.strip()) or not float(text):
-        raise ValueError("needs requests per second, such as 0.5 or 20")
+        raise ValueError("needs requests per second above 0, a plain number of at most nine digits such as 0.5 or 20")
     return float(text)
 
 
@@ -11261,6 +11302,8 @@ def check_load(given: Mapping[str, Any]) -> None:
         parse_gates(given.get("slo", []))
     except ValueError as error:
         raise UserError("--slo %s" % error) from None
+    if "max_total_tokens" in given and given.get("token_mode", "usage") != "usage":
+        raise UserError("--max-total-tokens counts by the endpoint's usage and needs --token-mode usage")
     if "input_tokens" in given and "workload_file" in given:
         raise UserError("--input-tokens makes prompts of its own; leave --workload-file out")
     if "find_max" in given:
@@ -11437,6 +11480,9 @@ class Session:
             check_directory(directory)
             make_directory(directory)
             return self._measure(directory, started, probes)
+        except KeyboardInterrupt:  # while the run is made its own handler takes it
+            warn("interrupted before anything was measured; no files are left")
+            raise
         finally:
             close_loop(self.loop)
             self.keeper.close()
@@ -11468,7 +11514,7 @@ class Session:
         return EXIT_OK
 
     def _make_shape(self, sink: Callable[[Dict[str, Any]], None]) -> Shape:
-        """Asks the endpoint how it counts; the dialect that this finds out holds for the run too."""
+        """Asks the endpoint how it counts; the dialect that this finds out holds for a run in this process too."""
         config = self.config
         asking = dataclasses.replace(config, output_tokens=None)
         provider = make_provider(asking)
@@ -11513,12 +11559,10 @@ class Session:
 
     def _drive(self, writer: ResultsWriter, directory: str) -> Dict[str, Any]:
         """The measurement itself, with signals and progress around it; what the end line says of it."""
-        progress = Progress()
-        stages: Iterable[Stage] = plan_stages(self.config)
+        planned = plan_stages(self.config)
+        progress, stages = Progress(stages=len(planned)), iter(planned)
         if self.config.find_max is not None:
-            stages = self._probes(directory, progress)
-        else:
-            progress.stages = len(plan_stages(self.config))
+            progress.stages, stages = 0, self._probes(directory, progress)
         measuring: Union[Runner, Crew]
         if self.config.processes == 1:
             part = Part(*self.config.host)
@@ -11551,7 +11595,6 @@ class Session:
         load, path = next(search), os.path.join(directory, RESULTS)
         for index in itertools.count():
             stage = probe_stage(self.config, index, load)
-            progress.stages = index + 2  # one more than there are so far: how many there will be nobody knows
             yield stage
             entries, block = judge_stage(read_lines(path, warn), index)
             failed = [entry["gate"] for entry in entries if not entry["passed"]]
@@ -11652,8 +11695,9 @@ def command_run(words: Sequence[str]) -> int:
     for note in workload.notes:
         warn(note)
     replace_headers([], config.header)
-    trouble = raise_file_limit(max(config.concurrency, default=UNCAPPED_STREAMS) + 64)
-    if trouble and config.concurrency:  # without a cap nobody knows how many are needed
+    known = bool(config.concurrency) and config.find_max is None
+    trouble = raise_file_limit((max(config.concurrency) if known else UNCAPPED_STREAMS) + 64)
+    if trouble and known:  # else nobody knows how many are needed
         raise UserError(trouble)
     if not config.url.startswith("mock:"):
         session = Session(config, config.url, workload, assets, words)

@@ -440,6 +440,15 @@ def test_every_asset_is_there(name):
     assert ASSETS[name] == (ROOT / "assets" / name).read_bytes() != b""
 
 
+def test_after_a_line_that_was_cut_off_every_other_one_names_the_cause(tmp_path, monkeypatch):
+    writer = llmbench.ResultsWriter(str(tmp_path))
+    monkeypatch.setattr(llmbench.os, "write", lambda _, line: len(line) - 1)
+    for _ in range(3):
+        with pytest.raises(llmbench.WriteError, match=r"results\.jsonl could not be written: No space left on device"):
+            writer.write({"a": 1})
+    writer.close()
+
+
 # --- size -------------------------------------------------------------------------------------------------------------
 
 BIG = """

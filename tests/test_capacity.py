@@ -128,6 +128,28 @@ def test_a_share_of_failures_counts_from_twenty_requests_on(tmp_path):
     assert "20 of 20 requests failed, more than 30%" in run.summary["end"]["reason"]
 
 
+def test_tokens_that_nobody_counts_end_a_run_that_is_to_bound_them(tmp_path):
+    with mock_server(*FAST, "--usage", "none") as url:
+        run = Run(tmp_path / "a", "--url", url, "--total-requests", "500", "--max-total-tokens", "1000").wait()
+    assert 3 <= run.summary["requests"]["total"] <= 5
+    assert "reports no token counts" in run.summary["end"]["reason"]
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_probe_that_was_cut_off_says_nothing(tmp_path, processes):
+    """The tokens last for the probes of 1 and 2 streams and a part of the next."""
+    with mock_server(*FAST) as url:
+        run = Run(
+            tmp_path / "a", "--url", url, "--find-max", "concurrency", "--concurrency", "1,8", "--slo", "ttft.p95<=9s",
+            "--total-requests", "40", "--max-total-tokens", "3200", "--processes", processes,
+        ).wait()  # fmt: skip
+    found, loads = run.summary["find_max"], [stage["load"]["concurrency"] for stage in run.summary["stages"]]
+    assert found["cut_off"] is True
+    assert [probe["load"] for probe in found["probes"]] == loads[:-1]
+    assert found["load"] == loads[-2] < loads[-1]
+    assert "The search was cut off" in run.stdout and "the limit lies above" not in run.stdout
+
+
 def test_a_run_ends_when_its_tokens_are_used_up(tmp_path):
     with mock_server(*FAST) as url:
         run = Run(tmp_path / "a", "--url", url, "--total-requests", "500", "--max-total-tokens", "1000").wait()
@@ -165,7 +187,8 @@ def test_a_plan_counts_the_requests_of_a_drawn_schedule_exactly(tmp_path):
         run = Run(tmp_path / "a", "--url", url, "--rps", "40", "--duration", "1.5s", "--seed", "5").wait()
     config = llmbench.Config(rps=[40.0], concurrency=[], duration=1.5, seed=5)
     (stage,) = llmbench.plan_stages(config)
-    assert llmbench.stage_requests(config, stage, []) == run.summary["requests"]["total"]
+    prompts = [llmbench.Prompt("p", [])]
+    assert llmbench.bounds_of(config, [stage], prompts).requests == run.summary["requests"]["total"]
 
 
 # Parts of a run.

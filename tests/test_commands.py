@@ -193,6 +193,7 @@ def test_flags_of_an_open_and_of_a_closed_loop_exclude_each_other(words, error):
 
 
 @pytest.mark.parametrize("words,error", [
+    (["--max-total-tokens", "9", "--token-mode", "chars"], "needs --token-mode usage"),
     (["--input-tokens", "64", "--workload-file", "x"], "leave --workload-file out"),
     (["--input-tokens", "many"], "--input-tokens needs tokens such as 1024"),
     (["--find-max", "rps", "--slo", "success>=99%", "--input-tokens", "64,128"], "one length of --input-tokens"),

@@ -6,7 +6,8 @@ import collections
 import json
 
 import pytest
-from servers import DONE, Server, answer, event, event_loop, settings, streamed, usage
+from running import Run
+from servers import DONE, Server, answer, event, event_loop, mock_server, settings, streamed, usage
 
 import llmbench
 
@@ -94,6 +95,18 @@ def test_a_turn_that_fails_ends_its_conversation_and_the_next_one_begins():
     assert told == {
         0: ("t", "ok"), 1: ("t", "http_error"), 3: ("u", "ok"), 4: ("t", "ok"), 5: ("t", "http_error"), 7: ("u", "ok"),
     }  # fmt: skip
+
+
+def test_turns_that_were_never_made_are_told(tmp_path):
+    path = tmp_path / "talks.json"
+    path.write_text(json.dumps([{"conversations": [{"from": "human", "value": text} for text in THREE]}]), "utf-8")
+    with mock_server("--ttft", "2", "--itl", "1", "--tokens", "2", "--fault", "http500:1") as url:
+        done = Run(tmp_path / "a", "--url", url, "--workload-file", str(path), "--total-requests", "6").wait()
+    assert done.summary["requests"]["total"] == 2
+    assert done.summary["requests"]["unmade"] == 4
+    reasons = {reason["key"]: reason["values"] for reason in done.summary["verdict"]["reasons"]}
+    assert reasons["unmade"] == {"n": 4}
+    assert "4 of the planned requests were never made" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("most,turns", [(1, {None: 6}), (2, {None: 3, 2: 3}), (None, {None: 2, 2: 2, 3: 2})])

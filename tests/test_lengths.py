@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 
 import pytest
-from running import Run, expected_status
+from running import Run, expected_status, wait_until
 from servers import Server, event, mock_server, streamed, usage
 
 import llmbench
@@ -101,6 +102,20 @@ def test_a_length_that_no_request_can_have_is_refused(tmp_path):
         run = Run(tmp_path / "a", "--url", server.url, "--input-tokens", "10").wait()
     assert run.status == 2
     assert "every request has at this endpoint" in run.stderr
+
+
+def test_an_interrupt_while_the_endpoint_is_asked_is_said_and_leaves_nothing(tmp_path):
+    def silent(peer, _):
+        peer.hold()
+
+    with Server(silent) as server:
+        run = Run(tmp_path / "a", "--url", server.url, "--input-tokens", "100")
+        wait_until(lambda: server.requests)
+        run.process.send_signal(signal.SIGINT)
+        run.wait(20)
+    assert run.status == 130
+    assert run.stderr == "llmbench: interrupted before anything was measured; no files are left\n"
+    assert not (tmp_path / "a").exists()
 
 
 def test_answers_of_an_exact_length(tmp_path):

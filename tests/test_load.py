@@ -217,3 +217,44 @@ def test_a_probe_is_bounded_in_time_and_requests_unless_the_user_says_how_long()
     assert llmbench.probe_stage(config, 3, 40.0) == llmbench.Stage(3, 40, 17, None, 0)
     config = llmbench.Config(find_max="rps", rps=[1.0], concurrency=[], duration=5.0, warmup=2)
     assert llmbench.probe_stage(config, 1, 2.5) == llmbench.Stage(1, 0, None, 5.0, 2, 2.5)
+
+
+# What a run comes to at the worst.
+
+
+def bounds(prompt=None, **given):
+    config = llmbench.Config(timeout=given.pop("timeout", 10.0), **given)
+    return llmbench.bounds_of(config, llmbench.plan_stages(config), [prompt or llmbench.Prompt("p", [])])
+
+
+def test_a_closed_loop_comes_to_its_requests_in_rounds_of_its_time_out():
+    assert bounds(concurrency=[4, 8], total_requests=20, warmup=3, max_tokens=7) == (46, 8, 322, 100.0)
+    assert bounds(concurrency=[4], duration=30.0) == (None, 4, None, 40.0)
+    assert bounds(concurrency=[4], duration=30.0, grace=2.0, ramp=5.0).seconds == 37.0
+    assert bounds(concurrency=[4], duration=30.0, max_total_tokens=99).out_tokens == 99
+    assert bounds(concurrency=[100], total_requests=3).in_flight == 3
+
+
+@pytest.mark.parametrize("arrival", ["constant", "poisson", "gamma:0.05"])
+@pytest.mark.parametrize("seed", range(6))
+def test_never_more_of_an_open_loop_are_in_flight_than_the_plan_says(arrival, seed):
+    config = llmbench.Config(rps=[2.0], concurrency=[], duration=60.0, timeout=3.0, arrival=arrival, seed=seed)
+    (stage,) = llmbench.plan_stages(config)
+    dues = list(itertools.takewhile(lambda due: due < 60.0, llmbench.stage_dues(config, stage, "measure", [])))
+    told = llmbench.bounds_of(config, [stage], [llmbench.Prompt("p", [])])
+    worst = max(sum(due - 3.0 < other <= due for other in dues) for due in dues)
+    assert (told.requests, told.in_flight, told.seconds) == (len(dues), worst, 63.0)
+
+
+def test_an_open_loop_without_a_duration_lasts_until_its_last_request_times_out():
+    told = bounds(rps=[0.5], concurrency=[], total_requests=30, arrival="gamma:0.1", seed=3)
+    config = llmbench.Config(rps=[0.5], arrival="gamma:0.1", seed=3)
+    last = list(itertools.islice(llmbench.stage_dues(config, llmbench.plan_stages(config)[0], "measure", []), 30))[-1]
+    assert told.seconds >= last + 10.0
+
+
+def test_turns_of_conversations_are_in_the_plan():
+    talk = llmbench.Prompt("t", [], None, [[], []])
+    told = bounds(talk, rps=[10.0], concurrency=[], duration=3.0, arrival="constant")
+    assert (told.requests, told.in_flight) == (90, 30)
+    assert bounds(talk, rps=[10.0], concurrency=[], duration=3.0, arrival="constant", turns=2).requests == 60

@@ -300,6 +300,9 @@ def progress(**values):
     ({"tokens": 1500, "failed": 2}, "10/40 done  4 in flight  2 failed  150 tok/s  0:30 left"),
     ({"chars": 25}, "10/40 done  4 in flight  0 failed  2.50 chars/s  0:30 left"),
     ({"stages": 3, "stage": 1}, "stage 2/3 (4 streams)  10/40 done  4 in flight  0 failed  0:30 left"),
+    ({"stages": 2, "rps": 4.0, "concurrency": 8, "waiting": 3},
+     "stage 1/2 (4 req/s)  10/40 done  4 in flight  3 waiting  0 failed  0:30 left"),
+    ({"stages": 0, "stage": 2}, "stage 3/? (4 streams)  10/40 done  4 in flight  0 failed  0:30 left"),
     ({"phase": "warmup"}, "warm-up  10/40 done  4 in flight  0 failed  0:30 left"),
     ({"ttft": {llmbench.log_bucket(0.2): 10}}, "10/40 done  4 in flight  0 failed  TTFT P50/P95 200/200 ms  0:30 left"),
 ])  # fmt: skip
