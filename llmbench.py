@@ -3765,7 +3765,7 @@ def unmade_of(collector: Collector, stage: Mapping[str, Any]) -> int:
     plan, header = collector.plans.get(stage["stage"], {}), collector.header
     part = "shard" in header.get("config", {}) or bool(header.get("merged", {}).get("missing"))
     done = collector.end is not None and collector.end.get("reason", "done") == "done"
-    if part or not done or "duration" in plan or "total" not in plan:
+    if part or not done or not stage["requests"]["failure"] or "duration" in plan or "total" not in plan:
         return 0
     return max(0, plan["total"] - stage["requests"]["total"])
 

@@ -200,4 +200,4 @@ def test_a_ramp_starts_the_streams_of_a_closed_loop_evenly():
     assert len(firsts) == 10
     gaps = [later - earlier for earlier, later in zip(firsts, firsts[1:])]
     assert gaps == pytest.approx([100.0] * 9, abs=0.1)
-    assert max(record["queue_ms"] for record in measured.records) < 150
+    assert statistics.median(record["queue_ms"] for record in measured.records) < 20, "one stall of the machine apart"
