@@ -9,20 +9,22 @@ and a section uses only what stands above it (`grep -n '^# [0-9]' llmbench.py` l
  1. Vocabulary   the words, the record, the configuration, every metric's definition
  2. SSE          bytes -> events
  3. HTTP         request encoding; response bytes -> body bytes
- 4. Providers    prompt -> HTTP request; event -> frames
- 5. Workload     files and built-ins -> prompts
- 6. Statistics   records -> summary
- 7. Load         which request belongs to which part, and when it is due
- 8. Connection   sockets, TLS, arrival stamps, keep-alive
- 9. Exchange     one request from its first byte to its end
-10. Runner       load + prompts + connections -> records
-11. Processes    the same in several processes
-12. Report       summary and rows -> one offline page
-13. Artifacts    records, summary <-> files
-14. Terminal     progress and tables
-15. Mock         the built-in server
-16. Check        what a run needs to know before it starts
-17. Commands     run, report, mock, providers; main()
+ 4. Signing      secrets -> the headers that prove who asks
+ 5. Providers    prompt -> HTTP request; event -> frames
+ 6. Registry     all providers by name
+ 7. Workload     files and built-ins -> prompts
+ 8. Statistics   records -> summary
+ 9. Load         which request belongs to which part, and when it is due
+10. Connection   sockets, TLS, arrival stamps, keep-alive
+11. Exchange     one request from its first byte to its end
+12. Runner       load + prompts + connections -> records
+13. Processes    the same in several processes
+14. Report       summary and rows -> one offline page
+15. Artifacts    records, summary <-> files
+16. Terminal     progress and tables
+17. Mock         the built-in server
+18. Check        what a run needs to know before it starts
+19. Commands     run, report, mock, providers; main()
 """
 
 from __future__ import annotations
@@ -1264,7 +1266,28 @@ class ResponseReader:
                 self._finish(rest)
                 return b""
 # ==================================================================================================
-# 4. Providers: a prompt to an HTTP request, an event to frames
+# 4. Signing: secrets to the headers that prove who asks
+# ==================================================================================================
+#
+# Pure functions of a request and its secrets: what is sent, a moment and a nonce go in, headers come out.
+# Nothing here reads a clock, a file or the environment, so each vector that a vendor published is a test.
+# A header that depends on neither moment nor body is made once; one that does is made at send time, over
+# the very bytes that are sent.
+# A step's name and text may be shown to who looks for the cause of a 401; a secret is in neither.
+
+
+def bearer_header(token: str) -> Tuple[str, str]:
+    """The header that carries a token, as RFC 6750 has it."""
+    return "Authorization", "Bearer " + token
+
+
+def basic_header(userinfo: str) -> Tuple[str, str]:
+    """The header that carries `user:password`, as RFC 7617 has it."""
+    return "Authorization", "Basic " + base64.b64encode(userinfo.encode("utf-8")).decode("ascii")
+
+
+# ==================================================================================================
+# 5. Providers: a prompt to an HTTP request, an event to frames
 # ==================================================================================================
 #
 # A provider owns four things and nothing else: the request (path, headers, body), what the first
@@ -1718,9 +1741,9 @@ class Provider:
     def authorization(self, endpoint: Endpoint) -> List[Tuple[str, str]]:
         """The header that carries the token, or the URL's user:password as Basic."""
         if self.config.token:
-            return [("Authorization", "Bearer " + self.config.token)]
+            return [bearer_header(self.config.token)]
         if endpoint.userinfo is not None:
-            return [("Authorization", "Basic " + base64.b64encode(endpoint.userinfo.encode("utf-8")).decode("ascii"))]
+            return [basic_header(endpoint.userinfo)]
         return []
 
     def body(self, prompt: Prompt, dialect: Dialect) -> Dict[str, Any]:
@@ -1766,19 +1789,6 @@ def replace_headers(headers: List[Tuple[str, str]], lines: Sequence[str]) -> Lis
         if value.strip():
             headers.append((name.strip(), value.strip()))
     return headers
-
-
-PROVIDERS: Dict[str, Type[Provider]] = {"openai": Provider}
-
-
-def make_provider(config: Config) -> Provider:
-    """The provider that the configuration names; raises UserError."""
-    if config.provider not in PROVIDERS:
-        raise UserError(
-            "provider %r is unknown%s; `llmbench providers` lists them"
-            % (config.provider, nearest(config.provider, PROVIDERS))
-        )
-    return PROVIDERS[config.provider](config)
 
 
 Piece = Tuple[str, float]  # text, and when it arrived
@@ -1856,7 +1866,31 @@ class ThinkTags:
 
 
 # ==================================================================================================
-# 5. Workload: files and built-ins to prompts
+# 6. Registry: all providers by name
+# ==================================================================================================
+#
+# One table holds every dialect that `--provider` can name. What data can say is a JSON file, read by the
+# loader that reads a customer's own; what needs code is a class of the section above. Either way the rest
+# of the program sees a `Provider` and does not know the difference.
+# A name that is not in the table is a mistake of the user's, and the nearest known one is offered; so is
+# a key that a file has and the loader doesn't know.
+
+
+PROVIDERS: Dict[str, Type[Provider]] = {"openai": Provider}
+
+
+def make_provider(config: Config) -> Provider:
+    """The provider that the configuration names; raises UserError."""
+    if config.provider not in PROVIDERS:
+        raise UserError(
+            "provider %r is unknown%s; `llmbench providers` lists them"
+            % (config.provider, nearest(config.provider, PROVIDERS))
+        )
+    return PROVIDERS[config.provider](config)
+
+
+# ==================================================================================================
+# 7. Workload: files and built-ins to prompts
 # ==================================================================================================
 #
 # A workload is the built-in prompts, a text file (a prompt a line), JSON objects one a line (JSONL) or
@@ -2597,7 +2631,7 @@ def make_unique(prompt: Prompt, request_id: str) -> Prompt:
             break
     return prompt.saying(messages)
 # ==================================================================================================
-# 6. Statistics: records to a summary, pure
+# 8. Statistics: records to a summary, pure
 # ==================================================================================================
 #
 # `Collector` takes the lines of results.jsonl one by one and keeps measured requests in columns, one
@@ -3814,7 +3848,7 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     summary["verdict"] = judge(summary, rows)
     return summary
 # ==================================================================================================
-# 7. Load: which request belongs to which part, and when it is due
+# 9. Load: which request belongs to which part, and when it is due
 # ==================================================================================================
 #
 # Pure arithmetic without a clock. Every part (a process p of P on host k of n) computes the whole
@@ -4094,7 +4128,7 @@ def planned_stages(config: Config) -> List[Stage]:
 
 
 # ==================================================================================================
-# 8. Connection: sockets, TLS, and the moment at which bytes arrived
+# 10. Connection: sockets, TLS, and the moment at which bytes arrived
 # ==================================================================================================
 #
 # The event loop gets to a socket late when a thousand of them become readable at once; the kernel
@@ -4629,7 +4663,7 @@ def wake_kernel_stamps() -> socket.socket:
                 keeper.recv(1)
     return keeper
 # ==================================================================================================
-# 9. Exchange: one request from its first byte to its end
+# 11. Exchange: one request from its first byte to its end
 # ==================================================================================================
 #
 # Arrived bytes with their times go in, frames are taken from them, and what a record needs is kept:
@@ -5072,7 +5106,7 @@ def event_text(event: Optional[Event]) -> Optional[str]:
 
 
 # ==================================================================================================
-# 10. Runner: load, prompts and connections to records
+# 12. Runner: load, prompts and connections to records
 # ==================================================================================================
 #
 # `Runner` knows two kinds of load. In a closed loop each of N streams sends its next request when the
@@ -6044,7 +6078,7 @@ def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
 
 
 # ==================================================================================================
-# 11. Processes: a run in several processes
+# 13. Processes: a run in several processes
 # ==================================================================================================
 #
 # With several processes each is a part with a loop of its own, which appends its own records. They are
@@ -6355,7 +6389,7 @@ def choose_processes(wanted: Union[int, str], config: Config) -> int:
 
 
 # ==================================================================================================
-# 12. Report: a summary and its rows to one offline page
+# 14. Report: a summary and its rows to one offline page
 # ==================================================================================================
 #
 # report.html is a function of the summary, the run's header and the measured requests in columns. Python writes the
@@ -8739,7 +8773,7 @@ def render_report(summary: Mapping, header: Mapping, rows: Sequence["Rows"],
 
 
 # ==================================================================================================
-# 13. Artifacts: records, summary <-> files
+# 15. Artifacts: records, summary <-> files
 # ==================================================================================================
 #
 # results.jsonl is the truth: a header line, a line for each finished request, an audit line for each
@@ -9323,7 +9357,7 @@ def mask_body(tree: Any, secrets: Sequence[str]) -> Any:
     return redact(tree, secrets) if isinstance(tree, str) else tree
 
 # ==================================================================================================
-# 14. Terminal: progress and tables
+# 16. Terminal: progress and tables
 # ==================================================================================================
 #
 # Progress goes to stderr: one live line on a terminal, a plain line every few seconds elsewhere. It is
@@ -9734,7 +9768,7 @@ def selftest_lines(result: Mapping[str, Any], texts: Mapping[str, str]) -> List[
 
 
 # ==================================================================================================
-# 15. Mock: a streaming chat server whose every pause is known
+# 17. Mock: a streaming chat server whose every pause is known
 # ==================================================================================================
 #
 # A benchmark is believed when it measures a server whose truth is known. This one speaks OpenAI chat over real loopback
@@ -10766,7 +10800,7 @@ class MockProcess:
 
 
 # ==================================================================================================
-# 16. Check: what a run needs to know before it starts
+# 18. Check: what a run needs to know before it starts
 # ==================================================================================================
 #
 # Questions that are asked of the endpoint before anything is measured, on a connection of their own
@@ -10942,7 +10976,7 @@ def find_selftest(host: str) -> Optional[Dict[str, Any]]:
 
 
 # ==================================================================================================
-# 17. Commands: run, report, providers, mock; main()
+# 19. Commands: run, report, providers, mock; main()
 # ==================================================================================================
 #
 # Flags are one table, RUN_FLAGS, from which the parser and `--help` are made and against which the
