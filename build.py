@@ -4,9 +4,11 @@
     python3 build.py                       dist/llmbench.pyz
     python3 build.py test [--long] [...]   lint, version floor, build, tests; further arguments go to pytest
     python3 build.py bench [...]           the benchmarks of llmbench itself; further arguments go to them
+    python3 build.py charts                assets/echarts.min.js, made of the parts that the report draws with
     python3 build.py clean                 removes everything that this script made
 
-Needs Python 3.7 or newer and, the first time, pip's package index: the tools are installed into .venv.
+Needs Python 3.7 or newer and, the first time, pip's package index: the tools are installed into .venv. `charts` needs
+node, npm and npm's registry; its result is kept in the repository, so nothing else does.
 The .pyz needs neither; it runs on Python 3.7 and newer, and starts faster on those that the build found on this machine
 (on the PATH or from pyenv). The tests on another Python, in an environment of its own:
 
@@ -19,11 +21,13 @@ import argparse
 import concurrent.futures
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -37,6 +41,24 @@ REQUIREMENTS = ROOT / "requirements-dev.txt"
 SUPPORTED = ["3.7", "3.8", "3.9", "3.10", "3.11", "3.12", "3.13"]
 ZIP_EPOCH = 315532800  # 1980-01-01: a zip archive can hold no older time
 BENCHMARKS = ROOT / "tests" / "bench" / "run.py"
+CHARTS = ROOT / "assets" / "echarts.min.js"
+CHARTS_SOURCE = ROOT / "assets" / "echarts"  # which parts, and the tools' versions and hashes
+
+# The two tools that make echarts.min.js: one bundles what is imported, the other makes it smaller by a further 5 %.
+BUNDLE = [
+    "node_modules/.bin/esbuild", "charts.js", "--bundle", "--format=iife", "--target=es2017", "--charset=ascii",
+    "--legal-comments=none", '--define:process.env.NODE_ENV="production"', "--outfile=bundle.js",
+]  # fmt: skip
+MINIFY = [
+    "node_modules/.bin/terser", "bundle.js", "--toplevel", "--mangle", "--compress",
+    "passes=3,ecma=2017,pure_getters=true,unsafe_arrows=true", "--format", "ascii_only=true,ecma=2017",
+    "--output", "minified.js",
+]  # fmt: skip
+CHARTS_HEADER = """\
+/*! Apache ECharts %s, of which the parts named in assets/echarts/charts.js; changed only by bundling and minifying.
+Copyright 2017-2026 The Apache Software Foundation. Licensed under the Apache License, Version 2.0.
+Contains zrender (BSD-3-Clause), tslib (0BSD) and parts of d3 (BSD-3-Clause); see assets/licenses of llmbench. */
+"""
 
 # The archive's __main__.py. It must parse on Python 2.7, or an old interpreter answers with a traceback instead of
 # the line. Up to Python 3.8 the path of a running archive is relative: made absolute, assets are found after a chdir.
@@ -176,8 +198,10 @@ def contents() -> dict[str, bytes]:
 
 
 def is_asset(path: Path) -> bool:
-    """Whether a file under assets/ belongs to the program: no dot files, editors' copies or bytecode."""
+    """Whether a file under assets/ belongs to the program: no dot files, editors' copies, bytecode, charts' source."""
     names = path.relative_to(ROOT).parts
+    if CHARTS_SOURCE in path.parents:
+        return False
     return not any(name.startswith(".") or name == "__pycache__" for name in names) and not path.name.endswith("~")
 
 
@@ -280,6 +304,32 @@ def bench(arguments: list[str]) -> int:
     return build() or subprocess.call([sys.executable, str(BENCHMARKS), *arguments], cwd=str(ROOT))
 
 
+def make_charts() -> bytes:
+    """The text of echarts.min.js, made in a directory of its own by the tools that the lock file names."""
+    if not shutil.which("npm"):
+        raise BuildError("npm is needed to build the charts; install node with npm")
+    with tempfile.TemporaryDirectory() as directory:
+        for source in CHARTS_SOURCE.iterdir():
+            shutil.copy(str(source), directory)
+        for command in (["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], BUNDLE, MINIFY):
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            done = subprocess.run(command, cwd=directory, timeout=300, check=False, **pipes)
+            if done.returncode:
+                raise BuildError(f"{command[0]} failed:\n{done.stdout.decode('utf-8', 'replace')[-2000:]}")
+        package = Path(directory, "node_modules", "echarts", "package.json").read_text(encoding="utf-8")
+        script = Path(directory, "minified.js").read_text(encoding="ascii")
+    return (CHARTS_HEADER % json.loads(package)["version"] + script.strip() + "\n").encode("ascii")
+
+
+def charts() -> int:
+    """Builds echarts.min.js and says what its row in assets/VENDORED.md has to hold."""
+    data = make_charts()
+    CHARTS.write_bytes(data)
+    print(f"{CHARTS.relative_to(ROOT)}: {len(data):,} bytes, sha256 {hashlib.sha256(data).hexdigest()}")
+    print("write the sha256 into assets/VENDORED.md")
+    return 0
+
+
 def clean() -> int:
     """Removes what this script and its tools made; results of runs are the user's and stay."""
     made = [*ROOT.glob(".venv*"), TARGET.parent, ROOT / ".pytest_cache", ROOT / ".ruff_cache", ROOT / "__pycache__"]
@@ -301,7 +351,7 @@ def parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="build",
-        choices=["build", "test", "bench", "clean"],
+        choices=["build", "test", "bench", "charts", "clean"],
         help=argparse.SUPPRESS,
     )
     command_line.add_argument("--long", action="store_true", help="with test: the long tests too")
@@ -321,6 +371,7 @@ def main(arguments: list[str]) -> int:
         "build": build,
         "test": lambda: test(further, options.long),
         "bench": lambda: bench(further),
+        "charts": charts,
     }
     return commands[options.command]()
 

@@ -60,7 +60,7 @@ def test_a_failed_build_leaves_the_old_archive_and_no_draft(tmp_path: Path, monk
 
 
 def test_the_archive_holds_the_program_its_assets_and_the_licences(pyz: Path) -> None:
-    hidden = re.compile(r"(^|/)(\.|__pycache__)|~$")
+    hidden = re.compile(r"(^|/)(\.|__pycache__)|~$|^assets/echarts/")  # what builds the charts stays behind
     assets = [path.relative_to(ROOT).as_posix() for path in (ROOT / "assets").rglob("*") if path.is_file()]
     with zipfile.ZipFile(str(pyz)) as archive:
         names = archive.namelist()
@@ -351,6 +351,25 @@ def test_vendored_files_are_as_they_were_taken() -> None:
 def test_every_vendored_file_is_in_the_table() -> None:
     licences = {path.relative_to(ROOT / "assets").as_posix() for path in (ROOT / "assets" / "licenses").iterdir()}
     assert set(vendored()) == licences | {"echarts.min.js"}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("npm"), reason="npm is not there to build the charts with")
+def test_the_charts_are_what_their_source_builds() -> None:
+    try:
+        built = build.make_charts()
+    except build.BuildError as error:
+        if "npm failed" not in str(error):
+            raise
+        pytest.skip("npm could not fetch the tools: " + str(error).splitlines()[-1])
+    assert built == build.CHARTS.read_bytes(), "run `python3 build.py charts`"
+
+
+def test_the_lock_file_names_no_host() -> None:
+    lock = json.loads((build.CHARTS_SOURCE / "package-lock.json").read_text(encoding="utf-8"))
+    packages = {name: package for name, package in lock["packages"].items() if name}
+    assert "node_modules/echarts" in packages
+    assert all("integrity" in package and "resolved" not in package for package in packages.values())
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
