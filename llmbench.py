@@ -2744,6 +2744,10 @@ UNKNOWN = itertools.repeat(NAN)
 WAITING = 512 * len(RECORDED)  # values, 90 kB of them: they stay in the processor's cache
 
 
+SLOWEST = 10  # requests that the report shows one by one
+NAMED = ("request_id", "prompt_id", "turn", "finish_reason")  # what it says of them beside their figures
+
+
 class Rows:
     """The measured requests of one stage in columns of equal length, in the file's order; NaN is not known."""
 
@@ -2761,6 +2765,8 @@ class Rows:
         self.compressed = self.not_streamed = self.buffered = self.no_finish = 0
         self.clocks: Set[str] = set()
         self._texts = array.array("L")  # CRC-32 of each answer long enough to tell one from another
+        self._slow: List[Tuple[float, int, Dict[str, Any]]] = []  # a heap; the least slow of the ten is its first
+        self._slow_from = 0.0  # a request that took no longer than this is not among them
 
     def __len__(self) -> int:
         return len(self.status)
@@ -2777,8 +2783,23 @@ class Rows:
         if status == "ok":
             self._add_gaps(record)
             self._add_traits(record)
+            if record.get("latency_from_scheduled_ms", 0.0) > self._slow_from:
+                self._add_slow(record)
         else:
             self._add_error(status, record)
+
+    def _add_slow(self, record: Mapping[str, Any]) -> None:
+        """One that is among the slowest so far: its row, and what no column holds."""
+        names = {key: record[key] for key in NAMED if key in record}
+        entry = (record["latency_from_scheduled_ms"], 1 - len(self), names)  # of equals the first one is slower
+        (heapq.heappush if len(self._slow) < SLOWEST else heapq.heapreplace)(self._slow, entry)
+        if len(self._slow) == SLOWEST:
+            self._slow_from = self._slow[0][0]
+
+    @property
+    def slowest(self) -> List[Tuple[int, Dict[str, Any]]]:
+        """The successful requests that took longest from when they were due, slowest first: their row, their names."""
+        return [(-place, names) for _, place, names in sorted(self._slow, key=lambda entry: entry[:2], reverse=True)]
 
     def _add_values(self, record: Mapping[str, Any]) -> None:
         """The recorded values, at first row by row: one call for a record, not one for each of its values."""
@@ -7874,6 +7895,29 @@ def phases_chart(page: Page, stage: StageView) -> Optional[Chart]:
                  page.said("panel.phases.sub"), note, tuple(PHASES[phase] for phase in drawn))
 
 
+def slowest_chart(page: Page, stage: StageView) -> Optional[Chart]:
+    """The slowest requests one by one, each from when it was due to its end."""
+    order = [row for row, _ in stage.rows.slowest]
+    if not order:
+        return None
+    spans = list(phases_of(stage.rows, order))
+    # A connection that was opened ahead of time took none of it: what stands between due and start, less the queue.
+    due, start, queue = (stage.rows.columns[name] for name in ("scheduled_ms", "start_ms", "queue_ms"))
+    spans[PHASES.index("connect")] = array.array("d", (max(0.0, start[row] - due[row] - queue[row]) for row in order))
+    totals = list(map(math.fsum, zip(*spans)))
+    drawn = [phase for phase in range(len(PHASES)) if max(spans[phase]) >= 0.0004 * max(totals)]
+    scale = scale_of(stage.statistic("latency_ms"))
+    spec = {"kind": "timelines", "divisor": scale.divisor, "unit": scale.unit,
+            "x": page.said("axis.from_due", unit=scale.unit),
+            "names": [page.said("phase." + PHASES[phase]) for phase in drawn],
+            "colours": [PHASE_COLOURS.get(PHASES[phase], PHASES[phase]) for phase in drawn],
+            "values": [[rounded_to(value, 4) for value in spans[phase]] for phase in drawn],
+            "requests": [plain(names.get("request_id", "")) for _, names in stage.rows.slowest]}
+    finding = page.said("finding.slowest", n=len(order), low=measured(min(totals) / scale.divisor, scale.unit),
+                        high=measured(max(totals) / scale.divisor, scale.unit))
+    return Chart(spec, finding, page.said("panel.slowest.sub"), "", tuple(PHASES[phase] for phase in drawn))
+
+
 SCATTER_POINTS = 1500
 
 
@@ -8202,6 +8246,7 @@ TIME_PANELS = (Panel("time_ttft", ttft_over_time, "small"), Panel("time_latency"
                Panel("time_tokens", written_over_time, "small"), Panel("time_requests", finished_over_time, "small"),
                Panel("time_flight", flight_over_time, "small"),
                Panel("time_failures", failures_over_time, "small", "outcome.none"))
+SLOW_PANELS = (Panel("slowest", slowest_chart, "wide"),)
 Charts = Dict[str, Mapping]
 
 
@@ -8310,6 +8355,43 @@ def where_section(page: Page, stage: StageView, charts: Charts, several: bool, s
     if len(charts) == before and not lengths:
         return Markup("")
     return section(page, "where", joined((panels, lengths)), "", stage if several else None, shown)
+
+
+SLOWEST_COLUMNS = ("in_tokens", "out_tokens", "ttft_ms", "latency_ms", "tpot_ms")
+
+
+def slowest_table(page: Page, stage: StageView) -> Markup:
+    """The slowest requests by name, in the order of their bars."""
+    scales = {name: scale_of(stage.statistic(name)) for name in SLOWEST_COLUMNS if name.endswith("_ms")}
+    head = [Cell(page.said("column.rank")), Cell(page.said("column.request")), Cell(page.said("column.prompt")),
+            Cell(page.said("column.due_at"), "number")]
+    for name in SLOWEST_COLUMNS:
+        title = page.said("column." + name)
+        if name in scales:
+            title = Both(*("%s, %s" % (text, scales[name].unit) for text in title))
+        head.append(Cell(title, "number"))
+    head.append(Cell(page.said("column.finish"), "number"))
+    rows = []
+    for rank, (row, names) in enumerate(stage.rows.slowest, 1):
+        cells = [Cell(str(rank)), Cell(names.get("request_id", DASH), "id"), Cell(names.get("prompt_id", DASH), "id"),
+                 Cell("{:,.2f}".format(stage.rows.columns["scheduled_ms"][row] / 1000.0), "number")]
+        for name in SLOWEST_COLUMNS:
+            value = stage.rows.columns[name][row]
+            known_value = value / (scales[name].divisor if name in scales else 1.0) if value == value else None
+            cells.append(Cell((figure if name in scales else count)(known_value) if known_value is not None else DASH,
+                              "number"))
+        rows.append(("", [*cells, Cell(names.get("finish_reason", DASH), "number")]))
+    return page.fill("plain_panel", kind="wide", title=page.said("panel.slowest_table"), sub="",
+                     tools=page.fill("copy"), content=table(page, [head], rows, "slowest"))
+
+
+def slow_section(page: Page, stage: StageView, charts: Charts, several: bool, shown: bool) -> Markup:
+    """The outliers, each explained by where its time went."""
+    if not stage.rows.slowest:
+        return Markup("")
+    panels = grid(page, SLOW_PANELS, charts, "%d-" % stage.number, stage)
+    return section(page, "slow", joined((panels, slowest_table(page, stage))), page.said("section.slow.sub"),
+                   stage if several else None, shown)
 
 
 def time_section(page: Page, stage: StageView, charts: Charts, several: bool, shown: bool) -> Markup:
@@ -8655,9 +8737,9 @@ def stage_sections(page: Page, stage: StageView, charts: Charts, several: bool, 
     """
     fail = outcome_section(page, stage, several, shown) if stage.judged else Markup("")
     parts = [build(page, stage, charts, several, shown) for build in (distribution_section, where_section)]
-    late = time_section(page, stage, charts, several, shown)
+    late = [build(page, stage, charts, several, shown) for build in (time_section, slow_section)]
     first = stage.requests.get("success_rate", 0.0) < 0.99
-    return joined([fail] + parts + [late] if first else parts + [fail, late])
+    return joined([fail] + parts + late if first else parts + [fail] + late)
 
 
 def stage_block(page: Page, stages: Sequence[StageView], shown: StageView,
@@ -8712,7 +8794,7 @@ def body_of(page: Page, summary: Mapping, stages: Sequence[StageView], shown: St
     return joined((trust, fail, page.fill("anyway", summary=page.said("anyway"), content=inner)))
 
 
-ANCHORS = ("stages", "fail", "dist", "where", "time", "trust", "setup")
+ANCHORS = ("stages", "fail", "dist", "where", "time", "slow", "trust", "setup")
 
 
 def navigation(page: Page, body: str) -> Markup:

@@ -342,6 +342,34 @@
       })});
   }
 
+  function timelines(spec, look) {
+    const totals = spec.values[0].map(function (unused, index) {
+      return spec.values.reduce(function (sum, values) { return sum + values[index]; }, 0) / spec.divisor;
+    });
+    const longest = Math.max.apply(null, totals), room = look.width - 110;
+    const last = spec.values.length - 1;
+    const low = look.height && look.height < 220;  // paper: ten bars in few lines
+    return option({grid: frame(26, 58, 6, low ? 36 : 46),
+      xAxis: xAxis(0, longest, ticksBetween(0, longest, Math.max(3, Math.floor(room / 60))), tick, say(spec.x)),
+      yAxis: {type: 'category', inverse: true, data: totals.map(function (unused, index) { return String(index + 1); }),
+        axisLine: {show: false, onZero: false}, axisTick: {show: false},
+        axisLabel: Object.assign({margin: 8, interval: 0}, textStyle(), low ? {fontSize: 10} : {})},
+      series: spec.values.map(function (values, phase) {
+        return {type: 'bar', stack: 'phases', barCategoryGap: '30%', name: say(spec.names[phase]),
+          itemStyle: {color: colour(spec.colours[phase]), borderColor: colour('paper'), borderWidth: 0.5},
+          label: Object.assign({show: phase === last, position: 'right', formatter: function (bar) {
+            return figure(totals[bar.dataIndex]) + ' ' + spec.unit;
+          }}, textStyle('ink2'), low ? {fontSize: 10} : {}),
+          data: values.map(function (value) { return value / spec.divisor; })};
+      }),
+      tooltip: tooltip('axis', function (hits) {
+        const index = hits[0].dataIndex;
+        return lines([spec.requests[index]].concat(hits.map(function (hit) {
+          return hit.seriesName + ' ' + figure(hit.value) + ' ' + spec.unit;
+        }), [figure(totals[index]) + ' ' + spec.unit]));
+      })});
+  }
+
   function scatter(spec, look) {
     const points = pairs(spec.points), xs = points.map(function (point) { return point[0]; });
     const ys = points.map(function (point) { return point[1] / spec.divisor; });
@@ -458,7 +486,7 @@
       })});
   }
 
-  const KINDS = {histogram: histogram, strip: strip, curves: curves, time: timeOption, phases: phases, scatter: scatter,
+  const KINDS = {histogram: histogram, strip: strip, curves: curves, time: timeOption, phases: phases, timelines: timelines, scatter: scatter,
     load: loadOption, tradeoff: tradeOff};
 
   // What is behind a chart, as rows of raw numbers (times in ms): the Data table and TSV
@@ -487,6 +515,12 @@
       return [[word('column.group')].concat(spec.names.map(function (name) { return say(name) + ', ms'; }))].concat(
         spec.values[0].map(function (unused, group) {
           return [group + 1].concat(spec.values.map(function (values) { return values[group]; }));
+        }));
+    },
+    timelines: function (spec) {
+      return [[word('column.request')].concat(spec.names.map(function (name) { return say(name) + ', ms'; }))].concat(
+        spec.requests.map(function (request, index) {
+          return [request].concat(spec.values.map(function (values) { return values[index]; }));
         }));
     },
     scatter: function (spec) { return [[say(spec.x), say(spec.y).split(',')[0] + ', ms']].concat(pairs(spec.points)); },
@@ -552,7 +586,7 @@
 
   function asVectors(spec, name, width, height) {
     const chart = echarts.init(null, null, {renderer: 'svg', ssr: true, width: width, height: height});
-    chart.setOption(KINDS[spec.kind](spec, {width: width, name: name}));
+    chart.setOption(KINDS[spec.kind](spec, {width: width, height: height, name: name}));
     const text = chart.renderToSVGString();
     chart.dispose();
     return text;

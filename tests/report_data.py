@@ -32,6 +32,15 @@ class MadeRows:
     columns: Dict[str, array]
     itl_hist: Dict[int, int]
 
+    @property
+    def slowest(self):
+        """The successful requests that took longest from when they were due, as llmbench.Rows has them."""
+        took = self.columns["latency_from_scheduled_ms"]
+        answered = (row for row, status in enumerate(self.status) if status == "ok")
+        order = sorted(answered, key=lambda row: (-took[row], row))
+        return [(row, {"request_id": "abcd1234-%d-%d" % (self.stage, row), "prompt_id": "p%d" % (row % 7),
+                       "finish_reason": "stop"}) for row in order[:10]]
+
 
 def statistic(values):
     """A metric's figures, as summary.json has them."""

@@ -11,8 +11,6 @@ import json
 import math
 import random
 import re
-import shutil
-import subprocess
 from array import array
 from html.parser import HTMLParser
 
@@ -23,10 +21,6 @@ from made_records import loaded_run, loaded_stage, reported
 import llmbench
 from conftest import ROOT
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM_FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                  "--hide-scrollbars")
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028\u2029\x00\ud800\"'&<!--`**x**`"
 
 
@@ -307,6 +301,38 @@ class TestStages:
         ids = [attrs["id"] for _, attrs in tags if attrs.get("id")]
         assert len(ids) == len(set(ids))
         assert {attrs["href"][1:] for tag, attrs in tags if tag == "a"} <= set(ids)
+
+
+class TestSlowest:
+    """The ten slowest, each from when it was due to its end."""
+
+    def test_they_are_the_ten_that_took_longest(self):
+        (_, _, stages, _), text = made("open_loop")
+        took = stages[0].columns["latency_from_scheduled_ms"]
+        longest = sorted((value for value in took if value == value), reverse=True)[:10]
+        chart = charts_of(text)["0-slowest"]
+        totals = [sum(values) for values in zip(*chart["values"])]
+        assert totals == pytest.approx(longest, abs=1e-3 * longest[0])
+        assert totals == sorted(totals, reverse=True)
+        shown = Page(text.partition('id="slow"')[2].partition("</section>")[0].join(("<p>", ""))).text
+        assert all(request in shown for request in chart["requests"]) and len(set(chart["requests"])) == 10
+
+    def test_a_connection_that_was_opened_ahead_took_none_of_the_time(self):
+        run = report_data.healthy(50)
+        rows = run[2][0]
+        row = rows.slowest[0][0]
+        rows.columns["connect_ms"][row] = 900.0  # long before it was due
+        chart = charts_of(llmbench.render_report(*run, assets=assets()))["0-slowest"]
+        total = sum(values[0] for values in chart["values"])
+        assert total == pytest.approx(rows.columns["latency_from_scheduled_ms"][row], rel=1e-3)
+
+    def test_one_request_is_one_bar_and_none_is_no_section(self):
+        assert len(charts_of(made("one")[1])["0-slowest"]["requests"]) == 1
+        assert 'id="slow"' not in made("all_failed")[1]
+
+    def test_they_are_told_by_stage(self):
+        charts = charts_of(made("sweep")[1])
+        assert {"%d-slowest" % number for number in range(6)} <= set(charts)
 
 
 class TestSafety:
@@ -639,106 +665,6 @@ class TestSweeps:
         assert "not at 8 streams, 8,192 input tokens" in text and "up to" not in text.partition("Success rate")[0]
         text = self.grid([9, 9, 9, 9], "ttft.p50<=90ms")
         assert "No load passed every gate. At 1 stream, 1,024 input tokens 1 of 1 gates fail" in text
-
-
-def chromium():
-    """The path of a Chromium; skips the test, saying so, where there is none."""
-    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    return path or pytest.skip("no Chromium on this machine")
-
-
-def opened(tmp_path, page, width=1440):
-    """The page as Chromium has it after its script ran; the window is tall enough to show all of it."""
-    path = tmp_path / "report.html"
-    path.write_text(page, encoding="utf-8")
-    command = [chromium(), *CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},9000",
-               "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", path.as_uri()]
-    answer = subprocess.run(command, capture_output=True, timeout=60, check=True)
-    console = [line for line in answer.stderr.decode("utf-8", "replace").splitlines() if ":CONSOLE" in line]
-    return answer.stdout.decode("utf-8"), console
-
-
-BUTTONS = """<script>
-(function () {
-  const all = (query) => Array.from(document.querySelectorAll(query)), one = (query) => all(query)[0];
-  const seen = {}, root = document.documentElement, paper = () => getComputedStyle(root).getPropertyValue('--paper');
-  const tip = () => getComputedStyle(one('.stage:not([hidden]) .tip')).display;
-  const term = one('.stage:not([hidden]) .term');
-  seen.tip = [tip()];
-  term.click();
-  seen.tip.push(tip());
-  document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}));
-  seen.tip.push(tip());
-  const data = one('.stage:not([hidden]) [data-tool="data"]');
-  data.click();
-  seen.rows = all('.data-table tr').length;
-  seen.expanded = data.getAttribute('aria-expanded');
-  seen.theme = [root.dataset.theme];
-  seen.colour = [paper()];
-  one('[data-control="theme"]').click();
-  seen.theme.push(root.dataset.theme);
-  seen.colour.push(paper());
-  one('[data-control="language"]').click();
-  seen.language = root.lang;
-  seen.heading = one('#dist h2').innerText;
-  one('[data-pick="1"]').click();
-  seen.stages = all('.stage:not([hidden])').map((stage) => stage.dataset.stage);
-  seen.ids = all('#dist').length;
-  window.dispatchEvent(new Event('beforeprint'));
-  seen.printed = all('.printed svg').length;
-  seen.visible = all('.chart').filter((place) => place.offsetWidth).length;
-  window.dispatchEvent(new Event('afterprint'));
-  seen.left = all('.printed').length;
-  setTimeout(() => {
-    seen.drawn = all('.stage:not([hidden]) .chart').every((place) => place.querySelector('svg, canvas'));
-    root.dataset.seen = btoa(unescape(encodeURIComponent(JSON.stringify(seen))));
-  }, 500);
-})();
-</script>"""
-
-
-class TestBrowser:
-    """A headless Chromium opens the page from disk."""
-
-    @pytest.mark.parametrize("name", ["healthy", "sweep", "one"])
-    def test_every_chart_is_drawn_and_nothing_complains(self, name, tmp_path):
-        page, console = opened(tmp_path, made(name)[1])
-        assert console == []
-        root = re.search(r"<html[^>]*>", page).group()
-        assert "data-failure" not in root
-        places = int(re.search(r'data-places="(\d+)"', root).group(1))
-        assert places and int(re.search(r'data-charts="(\d+)"', root).group(1)) == places
-        shown = [part for part in re.split(r'<div class="chart"', page)[1:] if "_echarts_instance_" in part[:400]]
-        assert len(shown) == places
-        for part in shown:
-            chart = part.partition("<p class=\"finding\"")[0]
-            assert "<canvas" in chart or len(re.findall("<(?:path|text|circle)", chart)) > 8, chart[:200]
-
-    @pytest.mark.parametrize("loads", [
-        LADDER, GRID, ((("rps", 4.0),),) * 2, ((("concurrency", 2),), (("concurrency", 1),)) * 2,
-    ], ids=["lengths", "loads and lengths", "one load twice", "two loads twice"])  # fmt: skip
-    def test_curves_over_any_loads_are_drawn(self, loads, tmp_path):
-        page, console = opened(tmp_path, loaded(*loads)[1])
-        assert console == []
-        root = re.search(r"<html[^>]*>", page).group()
-        assert "data-failure" not in root and "NaN" not in page.partition("<body")[2].partition("<script")[0]
-        assert re.search(r'data-places="(\d+)"', root).group(1) == re.search(r'data-charts="(\d+)"', root).group(1)
-
-    def test_the_buttons(self, tmp_path):
-        page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", made("sweep")[1])
-        page, console = opened(tmp_path, page.rpartition("</body>")[0] + BUTTONS + "</body></html>")
-        assert console == []
-        seen = json.loads(base64.b64decode(re.search(r'data-seen="([^"]*)"', page).group(1)).decode("utf-8"))
-        assert seen["rows"] > 12 and seen["expanded"] == "true"
-        assert seen["language"] == "zh-CN" and seen["heading"].startswith("分布")
-        assert seen["theme"] == ["light", "dark"] and seen["colour"] == ["#ffffff", "#12161b"]
-        assert seen["stages"] == ["1", "1"] and seen["ids"] == 1 and seen["drawn"]
-        assert seen["printed"] == seen["visible"] and seen["left"] == 0
-        assert seen["tip"] == ["none", "block", "none"]
-
-    def test_hostile_texts_run_nothing(self, tmp_path):
-        page, console = opened(tmp_path, TestSafety().hostile_page())
-        assert console == [] and "data-failure" not in re.search(r"<html[^>]*>", page).group()
 
 
 @pytest.mark.long

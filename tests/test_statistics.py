@@ -375,6 +375,21 @@ def test_columns_hold_every_record_in_order_whenever_they_are_read(n):
     assert rows.count("ok") + rows.count("timeout") == rows.count("ok", "timeout") == n
 
 
+@pytest.mark.parametrize("n", [0, 1, 9, 10, 11, 300])
+def test_the_slowest_are_kept_by_name_slowest_first_and_equals_in_their_order(n):
+    draw = random.Random(n)
+    took = [float(draw.randrange(40)) for _ in range(n)]
+    rows = llmbench.Rows(0, {"concurrency": 1})
+    for number, value in enumerate(took):
+        status = "timeout" if number % 7 == 3 else "ok"
+        line = {**record(number, status=status), "request_id": "r%d" % number, "latency_from_scheduled_ms": value}
+        rows.add(line, number + value)
+    answered = [number for number in range(n) if number % 7 != 3 and took[number] > 0]
+    expected = sorted(answered, key=lambda number: (-took[number], number))[:10]
+    assert [row for row, _ in rows.slowest] == expected
+    assert [names["request_id"] for _, names in rows.slowest] == ["r%d" % number for number in expected]
+
+
 def test_null_is_not_known_and_costs_no_other_value():
     rows = llmbench.Rows(0, {"concurrency": 1})
     for start in range(3):
