@@ -355,7 +355,7 @@
         axisLine: {show: false, onZero: false}, axisTick: {show: false},
         axisLabel: Object.assign({margin: 8, interval: 0}, textStyle(), low ? {fontSize: 10} : {})},
       series: spec.values.map(function (values, phase) {
-        return {type: 'bar', stack: 'phases', barCategoryGap: '30%', name: say(spec.names[phase]),
+        return {type: 'bar', stack: 'phases', barCategoryGap: '30%', barMaxWidth: 18, name: say(spec.names[phase]),
           itemStyle: {color: colour(spec.colours[phase]), borderColor: colour('paper'), borderWidth: 0.5},
           label: Object.assign({show: phase === last, position: 'right', formatter: function (bar) {
             return figure(totals[bar.dataIndex]) + ' ' + spec.unit;
