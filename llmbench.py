@@ -4254,6 +4254,7 @@ class Poll(ExactSelector):
         super().__init__()
         self.returned = self.look = self.before = self._asked = clock()
         self._waited = False
+        self.resting: List[Any] = []  # receivers of this poll for whom `look` matters
         self.offset = 0.0
         self.polls = 0
         self.longest = 0.0
@@ -4262,6 +4263,8 @@ class Poll(ExactSelector):
 
     def select(self, timeout: Optional[float] = None) -> List[Tuple[Any, int]]:
         """As the base class; asks without waiting first, so that whether it had to wait is certain."""
+        if self.resting:
+            self.resting = []
         looked, seen = self.returned, self.look if self._waited else self._asked
         self._asked = clock()
         ready = ask(self, 0)
@@ -4280,6 +4283,12 @@ class Poll(ExactSelector):
             self.longest = busy
         self.polls += 1
         return ready
+
+    def wake_was_late(self) -> None:
+        """A read of this poll shows that it returned late from its wait: all of it may have come since before that."""
+        self.look = self.before
+        for receiver in self.resting:
+            receiver.look_again(self.before)
 
     def _measure_offset(self, tolerance: float) -> None:
         """Reads both clocks at once; a reading that was interrupted in between is thrown away."""
@@ -4314,7 +4323,9 @@ def read_path(sock: socket.socket) -> Path:
 class Connection(asyncio.Protocol):
     """One open connection: sends a request, and hands what arrives to its receiver with the arrival time.
 
-    A receiver has `received(data, stamp, now, look, read, kernel)` and `lost(clean, reason)`; see `Exchange`.
+    A receiver has `received(data, stamp, now, look, read, kernel)`, which says whether what it made of the read rests
+    on `look` and is to be told by `look_again(look)` should that turn out too late, and `lost(clean, reason)`; see
+    `Exchange`.
     """
 
     def __init__(self, sock: StampedSocket, writer: asyncio.StreamWriter, poll: Poll, connect_seconds: float) -> None:
@@ -4375,12 +4386,13 @@ class Connection(asyncio.Protocol):
         if kernel:  # a time of reading is no stamp: what was read late must not make the next stamp look old
             self._last = stamp
             if poll.look - stamp > LATE_WAKE:  # holds for the other connections of this poll too
-                poll.look = poll.before
+                poll.wake_was_late()
         receiver = self._receiver
         if receiver is None:  # nobody asked: the connection can't be trusted with another request
             self.close()
             return
-        receiver.received(data, stamp, now, poll.look, sock.reads, kernel)
+        if receiver.received(data, stamp, now, poll.look, sock.reads, kernel):
+            poll.resting.append(receiver)
 
     def eof_received(self) -> bool:
         """The peer closed its side."""
@@ -4763,8 +4775,11 @@ class Exchange:
 
     # What the connection calls.
 
-    def received(self, data: bytes, stamp: float, now: float, look: float, read: int, kernel: bool) -> None:
-        """What one read brought: it arrived at `stamp`, was read at `now`, may have been there since `look`."""
+    def received(self, data: bytes, stamp: float, now: float, look: float, read: int, kernel: bool) -> bool:
+        """What one read brought: it arrived at `stamp`, was read at `now`, may have been there since `look`.
+
+        Returns whether `slack` rests on this look.
+        """
         if stamp < self.arrived:  # nothing arrives before what came ahead of it
             stamp = self.arrived
         self.arrived = stamp
@@ -4786,13 +4801,19 @@ class Exchange:
         except ParseError as error:
             self.error_raw = self.error_raw or data[:RAW_LIMIT]
             self.finish("parse_error", str(error), stamp)
-            return
+            return False
         if lag > self.lag:
             self.lag = lag
         bucket = log_bucket(lag)
         self.lags[bucket] = self.lags.get(bucket, 0) + 1
         if reader.complete and self.status is None:
             self._complete()
+        return self._slack_read == read and self.read_frames > 1
+
+    def look_again(self, look: float) -> None:
+        """What the last read brought may have been there since an earlier `look` than was said."""
+        if self._slack_read == self.read and self.read_frames > 1:
+            self.slack = max(self.slack, self.arrived - look)
 
     def lost(self, clean: bool, reason: str) -> None:
         """The connection ended; `clean`: by the peer's orderly close."""

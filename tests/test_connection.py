@@ -235,12 +235,19 @@ def test_bytes_that_end_a_wait_arrived_when_the_loop_looked(wire):
     assert arrival.look - start >= 0.05, "idle time is not lag"
 
 
+def waited(before, look):
+    """A poll that was asked at one moment and returned at another."""
+    poll = types.SimpleNamespace(offset=0.0, look=look, before=before, resting=[])
+    poll.wake_was_late = lambda: llmbench.Poll.wake_was_late(poll)
+    return poll
+
+
 @pytest.mark.parametrize("stamp, look", [(100.0, 90.0), (100.0495, 100.05), (100.06, 100.05)])
 def test_a_wait_that_ended_late_is_no_bound_for_what_it_brought(monkeypatch, stamp, look):
     """It waited since 90.0 and was woken at 100.05: what came well before that came while the process could not run."""
     transport = types.SimpleNamespace(set_protocol=lambda _: None, write=lambda _: None, abort=lambda: None)
     sock = types.SimpleNamespace(stamp=stamp, reads=1)
-    poll = types.SimpleNamespace(offset=0.0, look=100.05, before=90.0)
+    poll = waited(90.0, 100.05)
     connection = llmbench.Connection(sock, types.SimpleNamespace(transport=transport), poll, 0.0)
     monkeypatch.setattr(llmbench, "clock", lambda: 100.1)
     seen = []
@@ -248,6 +255,23 @@ def test_a_wait_that_ended_late_is_no_bound_for_what_it_brought(monkeypatch, sta
     connection.data_received(b"x")
     assert seen == [look]
     assert poll.look == look, "holds for what other connections brought in the same poll"
+
+
+def test_a_late_wake_that_a_later_read_shows_holds_for_the_earlier_ones(monkeypatch):
+    """What came just before the return looks prompt; another connection of the same poll knows better."""
+    transport = types.SimpleNamespace(set_protocol=lambda _: None, write=lambda _: None, abort=lambda: None)
+    poll = waited(90.0, 100.05)
+    monkeypatch.setattr(llmbench, "clock", lambda: 100.1)
+    told = []
+    for name, stamp, rests in (("burst", 100.0495, True), ("alone", 100.0496, False), ("late", 100.0, True)):
+        sock = types.SimpleNamespace(stamp=stamp, reads=1)
+        connection = llmbench.Connection(sock, types.SimpleNamespace(transport=transport), poll, 0.0)
+        receiver = types.SimpleNamespace(
+            received=lambda *_, rests=rests: rests, look_again=lambda look, name=name: told.append((name, look))
+        )
+        connection.send(b"", receiver)
+        connection.data_received(b"x")
+    assert told == [("burst", 90.0)], "the late one was given the right look at once"
 
 
 def test_without_kernel_stamps_the_time_of_reading_serves(monkeypatch):
@@ -309,7 +333,7 @@ def hand_over(monkeypatch, *reads):
     """Feeds a connection with reads of (stamp or 0, now) and gives (arrival, kernel) for each."""
     transport = types.SimpleNamespace(set_protocol=lambda _: None, write=lambda _: None, abort=lambda: None)
     sock = types.SimpleNamespace(stamp=0.0, reads=0)
-    poll = types.SimpleNamespace(offset=0.0, look=0.0, before=0.0)
+    poll = waited(0.0, 0.0)
     connection = llmbench.Connection(sock, types.SimpleNamespace(transport=transport), poll, 0.0)
     seen = []
     monkeypatch.setattr(llmbench, "clock", lambda: now)

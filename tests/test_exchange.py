@@ -412,6 +412,19 @@ def test_slack_is_how_much_too_late_ttft_may_be(reads: List[Tuple[bytes, float]]
     assert wire.exchange.slack == slack * TICK
 
 
+def test_a_look_that_turns_out_too_late_widens_the_slack_of_the_read_it_was_for() -> None:
+    wire = Wire().read(HEAD, 1)
+    exchange = wire.exchange
+    assert exchange.received(framed(text("a") + text("b")), at(9), at(10), at(9), 7, True)
+    assert exchange.slack == 0.0
+    exchange.look_again(at(5))
+    assert exchange.slack == 4 * TICK
+    later = exchange.received(framed(text("c") + text("d")), at(11), at(12), at(11), 8, True)
+    assert not later, "it did not bring the first content"
+    exchange.look_again(at(1))
+    assert exchange.slack == 4 * TICK
+
+
 @pytest.mark.parametrize("first", ["\n", "<"])
 def test_held_text_keeps_the_slack_of_its_own_read(first: str) -> None:
     wire = Wire().read(HEAD, 1).read(framed(ROLE + text(first)), 10, look=5).read(framed(text("a")), 12, look=1)
