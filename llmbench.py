@@ -4320,6 +4320,36 @@ def read_path(sock: socket.socket) -> Path:
     return Path(rtt / 1e6, retransmits, struct.unpack_from("=I", info, 224)[0] if len(info) >= 228 else None)
 
 
+class Spans(NamedTuple):
+    """How long each step of opening a connection took, in s."""
+
+    dns: float = 0.0
+    tcp: float = 0.0
+    proxy: float = 0.0
+    tls: float = 0.0
+
+
+NO_SPANS = Spans()
+
+
+class Facts(NamedTuple):
+    """What is known of an open connection: both ends, the way, TLS, and how long each step took (s).
+
+    address, local: `10.0.0.7:443`, `[::1]:8000`. proxy: its URL without a password. certificate: the peer's, as DER.
+    """
+
+    address: str
+    local: str
+    proxy: Optional[str]
+    tls_version: Optional[str]
+    cipher: Optional[str]
+    certificate: Optional[bytes]
+    dns_s: float
+    tcp_s: float
+    proxy_s: float
+    tls_s: float
+
+
 class Connection(asyncio.Protocol):
     """One open connection: sends a request, and hands what arrives to its receiver with the arrival time.
 
@@ -4328,7 +4358,10 @@ class Connection(asyncio.Protocol):
     `Exchange`.
     """
 
-    def __init__(self, sock: StampedSocket, writer: asyncio.StreamWriter, poll: Poll, connect_seconds: float) -> None:
+    def __init__(
+        self, sock: StampedSocket, writer: asyncio.StreamWriter, poll: Poll, connect_seconds: float,
+        proxy: Optional[str] = None, spans: Spans = NO_SPANS,
+    ) -> None:  # fmt: skip
         self.connect_seconds = connect_seconds
         self.used = False  # carried a request already
         self.open = True
@@ -4340,6 +4373,20 @@ class Connection(asyncio.Protocol):
         self._receiver: Any = None
         self._last = 0.0  # the previous stamp on the monotonic clock
         self._transport.set_protocol(self)
+        self._proxy = proxy
+        self._spans = spans
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of this connection; asked of the transport, so that a run pays for it only where it asks."""
+        tell = self._transport.get_extra_info
+        tls = tell("ssl_object")
+        cipher = tls.cipher() if tls is not None else None
+        return Facts(
+            show_address(tell("peername")), show_address(tell("sockname")), self._proxy,
+            tls.version() if tls is not None else None, cipher[0] if cipher else None,
+            tls.getpeercert(binary_form=True) if tls is not None else None, *self._spans,
+        )  # fmt: skip
 
     def send(self, payload: bytes, receiver: Any) -> float:
         """Hands a request to the kernel; returns the moment just before."""
@@ -4408,6 +4455,17 @@ class Connection(asyncio.Protocol):
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             receiver.lost(clean, reason)
+
+
+def show_address(address: Any) -> str:
+    """A socket's address as a URL has it: `10.0.0.7:443`, `[::1]:8000`; the path of a Unix socket.
+
+    >>> show_address(("::1", 8000, 0, 0)), show_address(("10.0.0.7", 443))
+    ('[::1]:8000', '10.0.0.7:443')
+    """
+    if isinstance(address, tuple) and len(address) >= 2:
+        return "%s:%d" % ("[%s]" % address[0] if ":" in address[0] else address[0], address[1])
+    return address if isinstance(address, str) else ""
 
 
 def difference(now: Optional[int], before: Optional[int]) -> Optional[int]:
@@ -4500,40 +4558,32 @@ class Network:
         """A new connection, ready to carry a request; raises RequestError."""
         began = clock()
         deadline = began + self._timeout
+        addresses = await self.lookup()
+        looked_up = clock()
+        sock = await self.connect(addresses, deadline)
+        connected = clock()
         try:
-            addresses = await asyncio.wait_for(asyncio.shield(self._addresses()), self._timeout)
+            await self.tunnel(sock, deadline)
+            tunnelled = clock()
+            writer = await self.secure(sock, deadline)
+        except BaseException:
+            sock.close()
+            raise
+        steps = (looked_up - began, connected - looked_up, tunnelled - connected, clock() - tunnelled)
+        return self.take(sock, writer, Spans(*steps))
+
+    # The steps of `open`, each of which raises RequestError.
+
+    async def lookup(self) -> Sequence[Any]:
+        """The addresses of whom the connection goes to, as getaddrinfo gives them."""
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._addresses()), self._timeout)
         except asyncio.TimeoutError:
             raise self._timed_out("resolving the host name") from None
         except OSError as error:
             raise RequestError("dns_error", "%s: %s" % (self.endpoint.host, describe_os_error(error))) from None
-        sock = await self._connect(addresses, deadline)
-        try:
-            writer = await self._start(sock, deadline)
-        except BaseException:
-            sock.close()
-            raise
-        connection = Connection(sock, writer, self.poll, clock() - began)
-        if sock.ended:  # before `Connection` took over, which so never hears of it
-            connection.close()
-            raise RequestError("truncated", "connection closed before the head")
-        if sock.reads and self._tls is None:
-            connection.close()
-            raise RequestError("parse_error", "the peer spoke before it was asked: not an HTTP server")
-        return connection
 
-    def _addresses(self) -> asyncio.Future:
-        """The endpoint's addresses; one look-up serves all connections of half a minute."""
-        if self._lookup is None or (
-            self._lookup.done() and (clock() - self._looked_up > 30 or self._lookup.exception())
-        ):
-            self._looked_up = clock()
-            self._lookup = resolve(self.endpoint.host, self.endpoint.port)
-        return self._lookup
-
-    def _timed_out(self, doing: str) -> RequestError:
-        return RequestError("timeout", "connect time-out (%gs) while %s" % (self._timeout, doing))
-
-    async def _connect(self, addresses: Sequence[Any], deadline: float) -> StampedSocket:
+    async def connect(self, addresses: Sequence[Any], deadline: float) -> StampedSocket:
         """A connected socket to the first address that answers; each gets its share of the time that is left."""
         failure: Optional[RequestError] = None
         for position, (family, kind, protocol, _, address) in enumerate(addresses):
@@ -4557,12 +4607,10 @@ class Network:
                 failure = RequestError("connect_error", "%s: %s" % (self.endpoint.authority, describe_os_error(error)))
         raise failure or RequestError("dns_error", "%s: no address" % self.endpoint.host)
 
-    @staticmethod
-    def _drop(sock: Optional[socket.socket]) -> None:
-        if sock is not None:
-            sock.close()
+    async def tunnel(self, sock: StampedSocket, deadline: float) -> None:
+        """Has the proxy put us through to the endpoint, where there is one and TLS follows."""
 
-    async def _start(self, sock: StampedSocket, deadline: float) -> asyncio.StreamWriter:
+    async def secure(self, sock: StampedSocket, deadline: float) -> asyncio.StreamWriter:
         """asyncio's transport on a connected socket, TLS included."""
         settings: Dict[str, Any] = {}
         left = max(0.05, deadline - clock())
@@ -4580,6 +4628,34 @@ class Network:
             status = "tls_error" if self._tls is not None else "connect_error"
             raise RequestError(status, "during the TLS handshake: " + describe_os_error(error)) from None
         return writer
+
+    def take(self, sock: StampedSocket, writer: asyncio.StreamWriter, spans: Spans) -> Connection:
+        """The connection that these steps made; raises RequestError when the peer spoke or left before it was asked."""
+        connection = Connection(sock, writer, self.poll, sum(spans), None, spans)
+        if sock.ended:  # before `Connection` took over, which so never hears of it
+            connection.close()
+            raise RequestError("truncated", "connection closed before the head")
+        if sock.reads and self._tls is None:
+            connection.close()
+            raise RequestError("parse_error", "the peer spoke before it was asked: not an HTTP server")
+        return connection
+
+    def _addresses(self) -> asyncio.Future:
+        """The endpoint's addresses; one look-up serves all connections of half a minute."""
+        if self._lookup is None or (
+            self._lookup.done() and (clock() - self._looked_up > 30 or self._lookup.exception())
+        ):
+            self._looked_up = clock()
+            self._lookup = resolve(self.endpoint.host, self.endpoint.port)
+        return self._lookup
+
+    def _timed_out(self, doing: str) -> RequestError:
+        return RequestError("timeout", "connect time-out (%gs) while %s" % (self._timeout, doing))
+
+    @staticmethod
+    def _drop(sock: Optional[socket.socket]) -> None:
+        if sock is not None:
+            sock.close()
 
 
 class Fetch:

@@ -632,14 +632,14 @@ def test_bytes_on_an_idle_connection_close_it():
 
 def test_peer_that_accepts_and_leaves_did_not_speak(monkeypatch):
     """The connection ended without a byte, and before anyone looked: that is no answer that could be parsed."""
-    connect = llmbench.Network._connect
+    connect = llmbench.Network.connect
 
     async def connect_and_wait(network, *words):
         sock = await connect(network, *words)
         select.select([sock], [], [], PATIENCE)  # the end is there before the first read
         return sock
 
-    monkeypatch.setattr(llmbench.Network, "_connect", connect_and_wait)
+    monkeypatch.setattr(llmbench.Network, "connect", connect_and_wait)
     with Server(says(b""), greet=lambda peer, _: peer.close()) as server:
         measured = measure(server.url, concurrency=2, total_requests=6)
     assert not measured.complaints
