@@ -436,6 +436,11 @@ class Config:
     unique: bool = True
     insecure: bool = False
     ca_cert: Optional[str] = None
+    client_cert: Optional[str] = None
+    client_key: Optional[str] = None
+    server_name: Optional[str] = None  # of the certificate, where it isn't the URL's host
+    proxy: str = ""  # http://[user:password@]host:port, none, or "": what the environment says
+    resolve: List[str] = field(default_factory=list)  # HOST:PORT:ADDRESS
     header: List[str] = field(default_factory=list)
     body: Dict[str, Any] = field(default_factory=dict)
     end_optional: bool = False
@@ -1321,7 +1326,10 @@ class HTTPRequest(NamedTuple):
 
 
 class Endpoint(NamedTuple):
-    """Where a URL points: scheme, host and port to connect to, the request target, Host header, user:password."""
+    """Where a URL points: scheme, host and port to connect to, the request target, Host header, user:password.
+
+    unix: the path of a Unix socket, which is then connected to instead.
+    """
 
     scheme: str
     host: str
@@ -1329,10 +1337,13 @@ class Endpoint(NamedTuple):
     target: str
     authority: str
     userinfo: Optional[str]
+    unix: Optional[str] = None
 
     @property
     def url(self) -> str:
         """The URL without its password."""
+        if self.unix is not None:
+            return "unix:%s:%s" % (self.unix, self.target)
         return "%s://%s%s" % (self.scheme, self.authority, self.target)
 
 
@@ -1413,6 +1424,8 @@ def parse_url(url: str, provider: "Provider") -> Endpoint:
 
     No path: the provider's path is added; a path that ends in /vN: its last part is; any other path stays.
     """
+    if url.startswith("unix:"):
+        return parse_unix_url(url, provider)
     if "://" not in url:
         raise UserError("--url has no scheme; write http:// or https:// before it")
     if any(ord(letter) <= 32 or ord(letter) == 127 for letter in url):
@@ -1423,7 +1436,7 @@ def parse_url(url: str, provider: "Provider") -> Endpoint:
     except ValueError:
         raise UserError("--url has no valid host or port; write https://HOST:PORT/…") from None
     if parts.scheme not in ("http", "https"):
-        raise UserError("--url scheme %r is unknown; use http, https or mock:" % parts.scheme)
+        raise UserError("--url scheme %r is unknown; use http, https, unix: or mock:" % parts.scheme)
     if not host or port == 0:
         raise UserError("--url has no host, or port 0; write https://HOST:PORT/…")
     path = parts.path.rstrip("/")
@@ -1434,12 +1447,22 @@ def parse_url(url: str, provider: "Provider") -> Endpoint:
     else:
         path = parts.path
     target = path + ("?" + parts.query if parts.query else "")
-    shown = "[%s]" % host if ":" in host else host
+    host, _, zone = unquote(host).partition("%") if ":" in host else (host, "", "")
+    shown = "[%s]" % host if ":" in host else host  # a zone means something on this machine only (RFC 6874)
     authority = shown if port in (None, 443 if parts.scheme == "https" else 80) else "%s:%d" % (shown, port)
     userinfo = None
     if parts.username is not None:
         userinfo = unquote(parts.username) + ":" + unquote(parts.password or "")
+    host += "%" + zone if zone else ""
     return Endpoint(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), target, authority, userinfo)
+
+
+def parse_unix_url(url: str, provider: "Provider") -> Endpoint:
+    """The endpoint behind a Unix socket: `unix:/run/llm.sock`, or `unix:/run/llm.sock:/v1`; raises UserError."""
+    path, _, target = url[len("unix:") :].partition(":")
+    if not path.strip("/") or (target and not target.startswith("/")):
+        raise UserError("--url unix: needs a socket's path and may have a request's: unix:/run/llm.sock:/v1")
+    return parse_url("http://localhost" + target, provider)._replace(unix=re.sub("^//+", "/", path))
 
 
 def text_of(value: Any) -> str:
@@ -3194,6 +3217,9 @@ def lag_figures(audits: Sequence[Mapping[str, Any]]) -> Optional[Dict[str, Any]]
     return describe_histogram(merged, total, bucket_ms(min(merged)), bucket_ms(max(merged)))
 
 
+WAY = ("address", "proxy", "tls_version", "cipher")  # what an audit line may say of the way to the endpoint
+
+
 def client_block(audits: Sequence[Mapping[str, Any]], rows: Sequence[Rows]) -> Dict[str, Any]:
     """What the client says of itself: clock, lag of its reads, slack of TTFT, CPU of its busiest process."""
     parts = {(audit.get("shard"), audit.get("part", 0)) for audit in audits}  # hosts may number theirs alike
@@ -3210,6 +3236,10 @@ def client_block(audits: Sequence[Mapping[str, Any]], rows: Sequence[Rows]) -> D
     slacks = [value for stage in rows for value in stage.successful("ttft_slack_ms")]
     if slacks:
         block["ttft_slack_ms"] = describe(slacks)
+    ways = [audit["network"] for audit in audits if "network" in audit]
+    if ways:  # parts may have come to different addresses of one name
+        values = {key: dict.fromkeys(way[key] for way in ways if key in way) for key in WAY}
+        block["network"] = {key: ", ".join(map(str, known)) for key, known in values.items() if known}
     if audits:
         block["cpu_percent"] = max(audit.get("cpu_percent", 0.0) for audit in audits)
         block["loop_delay_max_ms"] = max(audit.get("loop_delay_max_ms", 0.0) for audit in audits)
@@ -4365,6 +4395,7 @@ class Connection(asyncio.Protocol):
         self.connect_seconds = connect_seconds
         self.used = False  # carried a request already
         self.open = True
+        self.alert = ""  # why TLS ended the connection: with TLS 1.3 a client learns it after the handshake
         self.path = Path(None, None, None)
         self._socket = sock
         self._writer = writer  # kept: its end would close the transport
@@ -4448,7 +4479,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
         """The connection is gone."""
-        self._lost(exc is None, "connection closed" if exc is None else describe_os_error(exc))
+        if isinstance(exc, ssl.SSLError):
+            self.alert = describe_tls_error(exc)
+        self._lost(exc is None, "connection closed" if exc is None else self.alert or describe_os_error(exc))
 
     def _lost(self, clean: bool, reason: str) -> None:
         self.open = False
@@ -4458,14 +4491,14 @@ class Connection(asyncio.Protocol):
 
 
 def show_address(address: Any) -> str:
-    """A socket's address as a URL has it: `10.0.0.7:443`, `[::1]:8000`; the path of a Unix socket.
+    """A socket's address as a URL has it: `10.0.0.7:443`, `[::1]:8000`, `unix:/run/llm.sock`; "" for none.
 
     >>> show_address(("::1", 8000, 0, 0)), show_address(("10.0.0.7", 443))
     ('[::1]:8000', '10.0.0.7:443')
     """
     if isinstance(address, tuple) and len(address) >= 2:
         return "%s:%d" % ("[%s]" % address[0] if ":" in address[0] else address[0], address[1])
-    return address if isinstance(address, str) else ""
+    return "unix:" + address if address and isinstance(address, str) else ""
 
 
 def difference(now: Optional[int], before: Optional[int]) -> Optional[int]:
@@ -4487,7 +4520,7 @@ def describe_os_error(error: BaseException) -> str:
 
 
 def make_tls(config: Config) -> ssl.SSLContext:
-    """The TLS settings of a configuration; raises UserError for a CA that can't be read."""
+    """The TLS settings of a configuration; raises UserError for a CA, certificate or key that can't be read."""
     try:
         if config.ca_cert and os.path.isdir(config.ca_cert):
             context = ssl.create_default_context(capath=config.ca_cert)
@@ -4500,7 +4533,51 @@ def make_tls(config: Config) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols(["http/1.1"])
+    if config.client_cert:
+        load_client_certificate(context, config.client_cert, config.client_key)
+    elif config.client_key:
+        raise UserError("--client-key needs --client-cert, the certificate that the key belongs to")
     return context
+
+
+def load_client_certificate(context: ssl.SSLContext, certificate: str, key: Optional[str]) -> None:
+    """Has the context show this certificate to who asks for one; raises UserError."""
+
+    def no_password() -> NoReturn:  # OpenSSL would ask on the terminal
+        raise UserError("the client key %s is encrypted; decrypt it into a file of your own: openssl pkey -in %s -out "
+                        "FILE" % (key or certificate, key or certificate))  # fmt: skip
+
+    for flag, path in (("--client-cert", certificate), ("--client-key", key)):
+        try:
+            with open(path or os.devnull, "rb"):
+                pass
+        except OSError as error:
+            raise UserError("%s %s cannot be read: %s" % (flag, path, describe_os_error(error))) from None
+    try:
+        context.load_cert_chain(certificate, key, no_password)
+    except ssl.SSLError as error:
+        if "MISMATCH" in (error.reason or ""):
+            reason = "the key does not belong to the certificate"
+        elif key:
+            reason = "one of the two is not a PEM file of what it should hold"
+        else:
+            reason = "it is not a PEM file with a certificate and its key; --client-key FILE names a key of its own"
+        flags = "--client-cert %s" % certificate + (" with --client-key %s" % key if key else "")
+        raise UserError("%s cannot be used: %s" % (flags, reason)) from None
+
+
+# What the other side's alert means for us, by a part of OpenSSL's name for it.
+TLS_ALERTS = {
+    "ALERT_CERTIFICATE_REQUIRED": "the endpoint wants a client certificate: give --client-cert and --client-key",
+    "ALERT_HANDSHAKE_FAILURE": "the endpoint refuses the handshake: it may want a client certificate (--client-cert), "
+    "another name (--server-name), or ciphers that this Python lacks",
+    "ALERT_UNKNOWN_CA": "the endpoint does not trust who signed our client certificate (--client-cert)",
+    "ALERT_BAD_CERTIFICATE": "the endpoint refuses our client certificate (--client-cert)",
+    "ALERT_CERTIFICATE_EXPIRED": "the endpoint says that our client certificate has expired (--client-cert)",
+    "ALERT_CERTIFICATE_REVOKED": "the endpoint says that our client certificate is revoked (--client-cert)",
+    "ALERT_PROTOCOL_VERSION": "the endpoint speaks no version of TLS that this Python does",
+    "UNRECOGNIZED_NAME": "the endpoint knows no such name: --server-name NAME is what it is asked for",
+}
 
 
 def describe_tls_error(error: BaseException) -> str:
@@ -4509,6 +4586,11 @@ def describe_tls_error(error: BaseException) -> str:
     text = str(text).strip()
     if "WRONG_VERSION_NUMBER" in text or "HTTP_REQUEST" in text or "RECORD_LAYER" in text:
         return "the port does not speak TLS: use http:// if it is plain HTTP"
+    meaning = next((meaning for name, meaning in TLS_ALERTS.items() if name in text), "")
+    if meaning:
+        return meaning
+    if "mismatch" in text and getattr(error, "verify_message", ""):
+        return "certificate: %s (--server-name NAME expects another name, --insecure takes any certificate)" % text
     if isinstance(error, ssl.SSLError) and getattr(error, "verify_message", ""):
         return "certificate: %s (--ca-cert FILE trusts a private CA, --insecure any certificate)" % text
     if isinstance(error, ssl.CertificateError):
@@ -4543,16 +4625,233 @@ def resolve(host: str, port: int) -> asyncio.Future:
     return addresses
 
 
+class Proxy(NamedTuple):
+    """An HTTP proxy: where it listens, and the `user:password` that it wants, "" for none."""
+
+    host: str
+    port: int
+    userinfo: str
+
+    @property
+    def authority(self) -> str:
+        """`host:port`."""
+        return show_address((self.host, self.port))
+
+    @property
+    def url(self) -> str:
+        """Its URL, without user and password."""
+        return "http://%s%s" % ("***@" if self.userinfo else "", self.authority)
+
+    @property
+    def headers(self) -> List[Tuple[str, str]]:
+        """What it wants to see beside a request."""
+        return [("Proxy-Authorization", basic_header(self.userinfo)[1])] if self.userinfo else []
+
+
+def parse_proxy(text: str, where: str) -> Proxy:
+    """The proxy that a flag or variable, `where`, names; raises UserError, which never shows the text."""
+    scheme, separator, rest = text.strip().partition("://")
+    scheme, rest = (scheme.lower(), rest) if separator else ("http", text.strip())
+    if scheme == "https":
+        raise UserError("%s: a proxy that is itself spoken to in TLS is not supported; https endpoints are reached "
+                        "through one at http://HOST:PORT too" % where)  # fmt: skip
+    if scheme.startswith("socks"):
+        raise UserError("%s: a SOCKS proxy is not supported; give an HTTP proxy, http://HOST:PORT, or --proxy none"
+                        % where)  # fmt: skip
+    if scheme != "http":
+        raise UserError("%s: a proxy is http://[USER:PASSWORD@]HOST:PORT" % where)
+    try:
+        parts = urlsplit("http://" + rest)
+        host, port = parts.hostname, parts.port or 80
+    except ValueError:
+        host, port = None, 0
+    if not host or CONTROL.search(rest) or " " in rest:
+        raise UserError("%s: no host, or no number as port; percent-encode what is odd in user and password" % where)
+    if parts.username is None:
+        return Proxy(unquote(host), port, "")
+    return Proxy(unquote(host), port, unquote(parts.username) + ":" + unquote(parts.password or ""))
+
+
+def names_host(entry: str, host: str, port: int) -> bool:
+    """Whether an entry of no_proxy, in lower case, names a host and port.
+
+    `*` is all; `corp.example`, `.corp.example` and `*.corp.example` are that domain and what is below it; `10.0.0.7`,
+    `::1` and `10.0.0.0/8` are addresses, which names are never resolved for; `:8080` behind one holds for that port.
+    """
+    import ipaddress
+
+    if entry == "*":
+        return True
+    found = re.match(r"^(\[[^]]*\]|[^:]*):([0-9]{1,5})$", entry)
+    if found and int(found.group(2)) != port:
+        return False
+    name = (found.group(1) if found else entry).strip("[]")
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        domain = re.sub(r"^\*?\.", "", name).rstrip(".")
+        return bool(domain) and (host.rstrip(".") == domain or host.rstrip(".").endswith("." + domain))
+    try:
+        return address in ipaddress.ip_network(name, strict=False)
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself, as its URL says it."""
+    return host == "localhost" or host.endswith(".localhost") or host.startswith("127.") or host == "::1"
+
+
+class Route(NamedTuple):
+    """The way to an endpoint: through a proxy or straight (None), and which setting says so."""
+
+    proxy: Optional[Proxy]
+    reason: str
+
+
+def choose_route(endpoint: Endpoint, config: Config, environment: Mapping[str, str]) -> Route:
+    """The way to an endpoint by --proxy, else by the proxy variables; raises UserError.
+
+    As with curl, lower case comes first, and HTTP_PROXY does not count in a CGI program, where it is a client's header
+    (CVE-2016-5385). As with Go, variables don't hold for the loopback; a --proxy does, and no_proxy is not asked.
+    """
+    if config.url.startswith("mock:"):
+        return Route(None, "the built-in mock")
+    if endpoint.unix is not None:
+        if config.proxy not in ("", "none"):
+            raise UserError("--proxy: a Unix socket is not reached through a proxy; leave it out")
+        return Route(None, "a Unix socket")
+    if config.proxy:
+        return Route(None if config.proxy == "none" else parse_proxy(config.proxy, "--proxy"), "--proxy")
+    scheme = endpoint.scheme + "_proxy"
+    names = [scheme, scheme.upper(), "all_proxy", "ALL_PROXY"]
+    if "REQUEST_METHOD" in environment and scheme == "http_proxy":
+        names.remove("HTTP_PROXY")
+    name = next((name for name in names if environment.get(name, "").strip()), "")
+    if not name:
+        return Route(None, "no proxy variable is set")
+    if is_loopback(endpoint.host):
+        return Route(None, "loopback")
+    exempt = next((exempt for exempt in ("no_proxy", "NO_PROXY") if environment.get(exempt, "").strip()), "")
+    for entry in re.split(r"[\s,]+", environment.get(exempt, "")):
+        if entry and names_host(entry.lower(), endpoint.host, endpoint.port):
+            return Route(None, "$%s: %s" % (exempt, entry))
+    return Route(parse_proxy(environment[name], "$" + name), "$" + name)
+
+
+RESOLVE = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):([0-9]{1,5}):(\S+)$")
+
+
+def parse_resolve(text: str) -> Tuple[str, int, List[str]]:
+    """Host (`*`: any), port and addresses of `HOST:PORT:ADDRESS[,ADDRESS…]`; raises ValueError.
+
+    >>> parse_resolve("llm.example:443:10.0.0.7,[2001:db8::7]")
+    ('llm.example', 443, ['10.0.0.7', '2001:db8::7'])
+    """
+    found = RESOLVE.match(text)
+    addresses = [address.strip("[]") for address in found.group(3).split(",")] if found else []
+    for address in addresses:
+        try:
+            socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+        except OSError:
+            addresses = []
+            break
+    if not found or not addresses or not 0 < int(found.group(2)) < 65536:
+        raise ValueError("needs HOST:PORT:ADDRESS with an IP address, such as llm.example:443:10.0.0.7")
+    return found.group(1).strip("[]").lower(), int(found.group(2)), addresses
+
+
+def fixed_addresses(lines: Sequence[str], host: str, port: int) -> List[Any]:
+    """What --resolve says of a host, as getaddrinfo would; [] when it says nothing."""
+    for name, number, addresses in map(parse_resolve, lines):
+        if number == port and name in ("*", host):
+            ends = [(socket.AF_INET6, (text, port, 0, 0)) if ":" in text else (socket.AF_INET, (text, port))
+                    for text in addresses]  # fmt: skip
+            return [(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", end) for family, end in ends]
+    return []
+
+
+def peer_of(endpoint: Endpoint, route: Route) -> Tuple[str, int]:
+    """Host and port that a connection goes to: the proxy's, or the endpoint's own."""
+    return (endpoint.host, endpoint.port) if route.proxy is None else route.proxy[:2]
+
+
+def check_way(endpoint: Endpoint, config: Config) -> Route:
+    """The way to the endpoint of --url; raises UserError for settings that have no part in it."""
+    route = choose_route(endpoint, config, os.environ)
+    for flag, value in (("client-cert", config.client_cert), ("client-key", config.client_key),
+                        ("server-name", config.server_name)):  # fmt: skip
+        if value and endpoint.scheme != "https":
+            raise UserError("--%s is for TLS, which --url does not ask for: it needs https://" % flag)
+    if endpoint.unix is not None and not hasattr(socket, "AF_UNIX"):
+        raise UserError("--url unix: this system has no Unix sockets")
+    if route.proxy is not None and fixed_addresses(config.resolve, endpoint.host, endpoint.port):
+        raise UserError("--resolve: %s is looked up by the proxy (%s), not by us; --proxy none goes straight"
+                        % (endpoint.host, route.reason))  # fmt: skip
+    return route
+
+
+def refused_by_proxy(head: Head, proxy: Optional[Proxy]) -> RequestError:
+    """What a proxy's refusal means; None: a proxy of which no more is known here."""
+    whom = "the proxy" if proxy is None else "the proxy " + proxy.authority
+    told = ("%s answers HTTP %d %s" % (whom, head.status, head.reason)).strip()
+    if head.status == 407:
+        offered = head.headers.get("proxy-authenticate", "")
+        schemes = re.findall(r"(?i)\b(basic|digest|ntlm|negotiate|kerberos)\b", offered)
+        if schemes and "basic" not in map(str.lower, schemes):
+            told += ": it takes %s only, and we speak Basic" % " or ".join(dict.fromkeys(schemes))
+            told += "; a local proxy that speaks it, such as cntlm or px, can stand between"
+        elif proxy is not None and proxy.userinfo:
+            told += ": it refuses this user or password"
+        else:
+            told += ": it wants a user and password that it knows, --proxy http://USER:PASSWORD@HOST:PORT"
+    return RequestError("proxy_error", told)
+
+
+NEXT_ADDRESS = 0.25  # s that an address has before the next is tried beside it (RFC 8305 section 5)
+
+
+def alternating(addresses: Sequence[Any]) -> List[Any]:
+    """The addresses with their families taking turns, as RFC 8305 section 4 wants it; the first stays the first."""
+    same = [found for found in addresses if found[0] == addresses[0][0]]
+    other = [found for found in addresses if found[0] != addresses[0][0]]
+    pairs = itertools.zip_longest(same, other)
+    return [found for pair in pairs for found in pair if found is not None]
+
+
 class Network:
-    """What the connections of a part share: where to, TLS, time-outs, and the resolved addresses."""
+    """What the connections of a part share: where to and which way, TLS, time-outs, and the resolved addresses.
+
+    facts: those of the connection that was opened last.
+    """
 
     def __init__(self, endpoint: Endpoint, config: Config, poll: Poll) -> None:
         self.endpoint = endpoint
         self.poll = poll
+        self.route = choose_route(endpoint, config, os.environ)
+        self.facts: Optional[Facts] = None
         self._timeout = config.connect_timeout
         self._tls = make_tls(config) if endpoint.scheme == "https" else None
+        self._name = config.server_name or endpoint.host.partition("%")[0]  # what the certificate has to hold
+        self._host, self._port = peer_of(endpoint, self.route)
+        self._fixed = fixed_addresses(config.resolve, self._host, self._port)
         self._lookup: Optional[asyncio.Future] = None
         self._looked_up = 0.0
+        self._best: Any = None  # the address that answered when the first did not
+        proxy = self.route.proxy
+        self._whom = endpoint.authority if proxy is None else "the proxy " + proxy.authority
+        self._before = b"" if proxy is None or self._tls is None else encode_tunnel(endpoint, proxy)
+
+    def encode(self, method: str, target: str, headers: Sequence[Tuple[str, str]], body: bytes = b"") -> bytes:
+        """A request as it goes out this way: through a proxy without TLS in absolute form (RFC 9112 section 3.2.2).
+
+        A signature over method and target is over the origin's form all the same: the proxy turns it back.
+        """
+        if self.route.proxy is not None and self._tls is None:
+            target = "http://" + self.endpoint.authority + target
+            if not any(name.lower() == "proxy-authorization" for name, _ in headers):
+                headers = [*headers, *self.route.proxy.headers]
+        return encode_request(method, target, headers, body)
 
     async def open(self) -> Connection:
         """A new connection, ready to carry a request; raises RequestError."""
@@ -4572,50 +4871,75 @@ class Network:
         steps = (looked_up - began, connected - looked_up, tunnelled - connected, clock() - tunnelled)
         return self.take(sock, writer, Spans(*steps))
 
-    # The steps of `open`, each of which raises RequestError.
+    # The steps of `open`, each of which raises RequestError. Whoever calls them one by one closes the socket.
 
     async def lookup(self) -> Sequence[Any]:
         """The addresses of whom the connection goes to, as getaddrinfo gives them."""
+        if self.endpoint.unix is not None:
+            return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", self.endpoint.unix)]
+        if self._fixed:
+            return self._fixed
         try:
             return await asyncio.wait_for(asyncio.shield(self._addresses()), self._timeout)
         except asyncio.TimeoutError:
             raise self._timed_out("resolving the host name") from None
         except OSError as error:
-            raise RequestError("dns_error", "%s: %s" % (self.endpoint.host, describe_os_error(error))) from None
+            whom = "" if self.route.proxy is None else "the proxy "
+            raise RequestError("dns_error", "%s%s: %s" % (whom, self._host, describe_os_error(error))) from None
 
     async def connect(self, addresses: Sequence[Any], deadline: float) -> StampedSocket:
-        """A connected socket to the first address that answers; each gets its share of the time that is left."""
+        """A socket connected to the first address that answers: the next is tried beside one that lets us wait."""
+        if not addresses:
+            raise RequestError("dns_error", "%s: no address" % self._host)
+        waiting = alternating(sorted(addresses, key=lambda found: found[4] != self._best))
+        running: Set[asyncio.Future] = set()
         failure: Optional[RequestError] = None
-        for position, (family, kind, protocol, _, address) in enumerate(addresses):
-            share = max(0.05, (deadline - clock()) / (len(addresses) - position))
-            sock = None
-            try:
-                sock = StampedSocket(family, kind, protocol)
-                sock.setblocking(False)
-                sock.ask_for_stamps()
-                await asyncio.wait_for(asyncio.get_event_loop().sock_connect(sock, address), share)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return sock
-            except asyncio.CancelledError:
-                self._drop(sock)
-                raise
-            except asyncio.TimeoutError:
-                self._drop(sock)
-                failure = self._timed_out("waiting for TCP")
-            except OSError as error:
-                self._drop(sock)
-                failure = RequestError("connect_error", "%s: %s" % (self.endpoint.authority, describe_os_error(error)))
-        raise failure or RequestError("dns_error", "%s: no address" % self.endpoint.host)
+        try:
+            while waiting or running:
+                left = max(0.05, deadline - clock())
+                if waiting:
+                    running.add(asyncio.ensure_future(self._reach(waiting.pop(0), len(addresses) > 1)))
+                pause = min(NEXT_ADDRESS, left / (len(waiting) + 1)) if waiting else left
+                done, running = await asyncio.wait(running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                reached = [task.result() for task in done if task.exception() is None]
+                for spare in reached[1:]:
+                    spare.close()
+                if reached:
+                    return reached[0]
+                failure = next((task.exception() for task in done), failure)  # type: ignore[assignment]
+                if not done and not waiting:
+                    raise self._timed_out("waiting for TCP")
+        finally:
+            await self._give_up(running)
+        raise failure  # type: ignore[misc]
 
     async def tunnel(self, sock: StampedSocket, deadline: float) -> None:
         """Has the proxy put us through to the endpoint, where there is one and TLS follows."""
+        if not self._before:
+            return
+        proxy: Proxy = self.route.proxy  # type: ignore[assignment]
+        told = "the proxy %s: " % proxy.authority
+        loop, descriptor = asyncio.get_event_loop(), sock.fileno()
+        try:
+            head = await asyncio.wait_for(self._ask_proxy(sock), max(0.05, deadline - clock()))
+        except asyncio.TimeoutError:
+            raise self._timed_out("waiting for the answer to CONNECT") from None
+        except (Truncated, ParseError) as error:
+            raise RequestError("proxy_error", told + str(error)) from None
+        except OSError as error:
+            raise RequestError("proxy_error", told + describe_os_error(error)) from None
+        finally:  # Python 3.7 leaves a reader behind that was cancelled
+            loop.remove_reader(descriptor)
+            loop.remove_writer(descriptor)
+        if not 200 <= head.status < 300:
+            raise refused_by_proxy(head, proxy)
 
     async def secure(self, sock: StampedSocket, deadline: float) -> asyncio.StreamWriter:
         """asyncio's transport on a connected socket, TLS included."""
         settings: Dict[str, Any] = {}
         left = max(0.05, deadline - clock())
         if self._tls is not None:
-            settings = {"ssl": self._tls, "server_hostname": self.endpoint.host, "ssl_handshake_timeout": left + 1}
+            settings = {"ssl": self._tls, "server_hostname": self._name, "ssl_handshake_timeout": left + 1}
         try:
             _, writer = await asyncio.wait_for(asyncio.open_connection(sock=sock, **settings), left)
         except asyncio.CancelledError:
@@ -4631,31 +4955,97 @@ class Network:
 
     def take(self, sock: StampedSocket, writer: asyncio.StreamWriter, spans: Spans) -> Connection:
         """The connection that these steps made; raises RequestError when the peer spoke or left before it was asked."""
-        connection = Connection(sock, writer, self.poll, sum(spans), None, spans)
+        proxy = self.route.proxy.url if self.route.proxy is not None else None
+        connection = Connection(sock, writer, self.poll, sum(spans), proxy, spans)
         if sock.ended:  # before `Connection` took over, which so never hears of it
             connection.close()
             raise RequestError("truncated", "connection closed before the head")
         if sock.reads and self._tls is None:
             connection.close()
             raise RequestError("parse_error", "the peer spoke before it was asked: not an HTTP server")
+        self.facts = connection.facts
         return connection
 
     def _addresses(self) -> asyncio.Future:
-        """The endpoint's addresses; one look-up serves all connections of half a minute."""
+        """The peer's addresses; one look-up serves all connections of half a minute."""
         if self._lookup is None or (
             self._lookup.done() and (clock() - self._looked_up > 30 or self._lookup.exception())
         ):
             self._looked_up = clock()
-            self._lookup = resolve(self.endpoint.host, self.endpoint.port)
+            self._lookup = resolve(self._host, self._port)
         return self._lookup
 
     def _timed_out(self, doing: str) -> RequestError:
-        return RequestError("timeout", "connect time-out (%gs) while %s" % (self._timeout, doing))
+        whom = "" if self.route.proxy is None else " (%s)" % self._whom
+        return RequestError("timeout", "connect time-out (%gs) while %s%s" % (self._timeout, doing, whom))
+
+    async def _reach(self, found: Any, one_of_several: bool) -> StampedSocket:
+        """A socket connected to this address. Cancelled when another was faster, or the time is over."""
+        family, kind, protocol, _, address = found
+        sock = None
+        try:
+            sock = StampedSocket(family, kind, protocol)
+            sock.setblocking(False)
+            if family != getattr(socket, "AF_UNIX", None):  # which has no stamps
+                sock.ask_for_stamps()
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await asyncio.get_event_loop().sock_connect(sock, address)
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if not isinstance(error, OSError):
+                raise
+            whom = self._whom if self.endpoint.unix is None else show_address(address)
+            whom += " (%s)" % show_address(address) if one_of_several else ""
+            raise RequestError("connect_error", "%s: %s" % (whom, describe_os_error(error))) from None
+        if one_of_several:
+            self._best = address
+        return sock
 
     @staticmethod
-    def _drop(sock: Optional[socket.socket]) -> None:
-        if sock is not None:
-            sock.close()
+    async def _give_up(running: Iterable[asyncio.Future]) -> None:
+        """Ends attempts that are not needed any more, and closes what they have reached meanwhile."""
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+        for task in running:
+            if not task.cancelled() and task.exception() is None:
+                task.result().close()
+
+    async def _ask_proxy(self, sock: StampedSocket) -> Head:
+        """The head of the proxy's answer to CONNECT, behind which nothing may stand yet."""
+        loop = asyncio.get_event_loop()
+        await loop.sock_sendall(sock, self._before)
+        data = b""
+        while True:
+            more = await loop.sock_recv(sock, 4096)
+            if not more:
+                raise Truncated("connection closed before the head")
+            data += more
+            if data[:5] != b"HTTP/"[: len(data)]:
+                raise ParseError("not an HTTP proxy: it answers %r" % data[:60].decode("latin-1"))
+            end = re.search(rb"\r?\n\r?\n", data)
+            while end:
+                head, data = parse_head(data[: end.start()]), data[end.end() :]
+                if head.status >= 200:
+                    if data and head.status < 300:
+                        raise ParseError("it sends bytes behind its answer to CONNECT")
+                    return head
+                end = re.search(rb"\r?\n\r?\n", data)  # what went before was an interim answer
+            if len(data) > HEAD_LIMIT:
+                raise ParseError("the head of its answer is longer than %d bytes" % HEAD_LIMIT)
+
+
+def encode_tunnel(endpoint: Endpoint, proxy: Proxy) -> bytes:
+    """The request that has a proxy put us through to the endpoint (RFC 9110 section 9.3.6)."""
+    try:
+        host = endpoint.host.partition("%")[0].encode("ascii" if ":" in endpoint.host else "idna").decode("ascii")
+    except UnicodeError:
+        raise UserError("--url has no valid host; write https://HOST:PORT/…") from None
+    target = show_address((host, endpoint.port))
+    headers = [("Host", target), ("User-Agent", "llmbench/" + __version__), *proxy.headers]
+    return encode_request("CONNECT", target, headers)
 
 
 class Fetch:
@@ -5151,6 +5541,10 @@ class Exchange:
     def _refused(self, head: Head) -> None:
         body = bytes(self.whole)
         self.error_raw = body[:RAW_LIMIT]
+        if head.status == 407:  # of a proxy that takes requests in absolute form
+            error = refused_by_proxy(head, None)
+            self.finish(error.status, str(error), self.arrived)
+            return
         status = {401: "auth_error", 403: "auth_error", 429: "rate_limited"}.get(head.status, "http_error")
         if head.status < 400 and "location" in head.headers:
             cause = "redirect to %s, which is not followed; give that URL" % head.headers["location"][:200]
@@ -5483,6 +5877,8 @@ class Runner:
             grace.cancel()
         if audit is not None and part is not None:
             audited = audit.finish(clock(), stage.index, self.part.number, self.progress, self.lags)
+            if self.network.facts is not None:
+                audited["network"] = told_of(self.network.facts)
             self.sink({"audit": audited})
 
     async def _run_load(self, load: Coroutine[Any, Any, None]) -> None:
@@ -5794,7 +6190,7 @@ class Runner:
 
     def _make_job(self, sent: Prompt, request_id: str, dialect: Dialect) -> Job:
         request = self.provider.request(sent, self.endpoint, request_id, dialect)
-        payload = encode_request("POST", request.target, request.headers, request.body)
+        payload = self.network.encode("POST", request.target, request.headers, request.body)
         return Job(sent, request_id, payload, len(request.body), dialect.version)
 
     def _new_record(self, request_id: str, prompt: Prompt, phase: str, stage: Stage) -> Record:
@@ -5859,6 +6255,10 @@ class Runner:
         finally:
             watch.stop()
             stream.exchange = None
+        if exchange.dead and connection.alert and not connection.used:
+            connection.close()
+            stream.connection = None
+            raise RequestError("tls_error", connection.alert)
         path = connection.measure_path()
         attempt = Attempt(exchange, connection.used, connection.connect_seconds, opened, path, freed)
         if exchange.reusable() and connection.open:
@@ -6145,6 +6545,11 @@ class Audit:
         }
 
 
+def told_of(facts: Facts) -> Dict[str, str]:
+    """What an audit line says of the way to the endpoint: those of WAY that there are."""
+    return {key: getattr(facts, key) for key in WAY if getattr(facts, key)}
+
+
 def tpot_ms(record: Record) -> Optional[float]:
     """TPOT of a record as METRICS defines it; None where it can't be said."""
     n = record.out_tokens
@@ -6180,11 +6585,13 @@ def secret_texts(tree: Any, secret: bool = False) -> Iterator[str]:
 
 
 def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
-    """Every text that must never be shown: the token, the URL's password, values of headers that carry keys."""
+    """Every text that must never be shown: the token, passwords of URL and proxy, values of headers that carry keys."""
     secrets = [config.token]
-    if endpoint.userinfo:
-        basic = base64.b64encode(endpoint.userinfo.encode("utf-8")).decode("ascii")
-        secrets += [endpoint.userinfo, endpoint.userinfo.split(":", 1)[1], basic]
+    proxy = choose_route(endpoint, config, os.environ).proxy
+    for userinfo in (endpoint.userinfo, proxy.userinfo if proxy is not None else None):
+        if userinfo:
+            basic = base64.b64encode(userinfo.encode("utf-8")).decode("ascii")
+            secrets += [userinfo, userinfo.split(":", 1)[1], basic]
     for line in config.header:
         name, _, value = line.partition(":")
         if is_secret_name(name):
@@ -8787,13 +9194,23 @@ def prompts_text(page: Page, config: Mapping) -> Both:
     return page.said("setup.unique" if config.get("unique", True) else "setup.not_unique", prompts=text)
 
 
-def setup_facts(page: Page, header: Mapping) -> List[Tuple[Both, Text]]:
+def way_text(page: Page, way: Mapping[str, str]) -> Optional[Both]:
+    """The address that was connected to, the proxy before it, and what TLS agreed on."""
+    if not way.get("address"):
+        return None
+    through = page.said("setup.through", address=way["address"], proxy=way["proxy"]) if way.get("proxy") else None
+    tls = ", ".join(way[key] for key in ("tls_version", "cipher") if way.get(key))
+    address = through or both(way["address"])
+    return page.said("setup.tls", address=address, tls=tls) if tls else address
+
+
+def setup_facts(page: Page, header: Mapping, way: Mapping[str, str]) -> List[Tuple[Both, Text]]:
     """What it takes to repeat the run."""
     config = header.get("config", {})
     tool = "llmbench %s, %s" % (header.get("tool_version", ""), header.get("python", ""))
     mode = "tokens.%s" % config.get("token_mode", "usage")
     entries = (("setup.run", header.get("run_id")), ("setup.tool", tool), ("setup.provider", header.get("provider")),
-               ("setup.prompts", prompts_text(page, config)),
+               ("setup.network", way_text(page, way)), ("setup.prompts", prompts_text(page, config)),
                ("setup.tokens", page.said(mode) if mode in page.texts[0] else config.get("token_mode")),
                ("setup.max_tokens", config.get("max_tokens")),
                ("setup.records", page.said("setup.sha", sha=header["results_sha256"])
@@ -8812,12 +9229,12 @@ def setup_section(page: Page, summary: Mapping, header: Mapping) -> Markup:
     """The exact command, what the endpoint sent, and every definition."""
     left = page.fill("raw", title=page.said("setup.command"), sub=page.said("setup.command.sub"),
                      text=command_text(header.get("command", "")))
-    samples = summary.get("samples", {})
+    samples, way = summary.get("samples", {}), summary.get("client", {}).get("network", {})
     right = joined(page.fill("raw", title=page.said(title), sub=page.said("setup.as_received"),
                              text=indented_sample(str(samples[name])))
                    for title, name in (("setup.first", "first_content_raw"), ("setup.final", "final_frame_raw"))
                    if samples.get(name))
-    columns = page.fill("columns", left=joined((left, list_of_facts(page, setup_facts(page, header)))),
+    columns = page.fill("columns", left=joined((left, list_of_facts(page, setup_facts(page, header, way)))),
                         right=right or page.fill("empty", text=page.said("setup.no_sample")))
     defined = [(metric_label(page, name), definition(page, name)) for name in METRICS]
     definitions = list_of_facts(page, defined, "definitions", title=page.said("definitions"))
@@ -9459,14 +9876,14 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def host_facts(target: Endpoint) -> Dict[str, str]:
+def host_facts(endpoint: Endpoint, config: Config) -> Dict[str, str]:
     """What the header says of this machine: name, address towards the endpoint, OS, architecture, Python."""
     import platform
 
     offset = time.strftime("%z")
     return {
         "host": socket.gethostname(),
-        "address": local_address(target),
+        "address": local_address(endpoint, config),
         "os": platform.system(),
         "arch": platform.machine().replace("x86_64", "x86-64"),
         "python": platform.python_implementation() + " " + platform.python_version(),
@@ -9474,11 +9891,16 @@ def host_facts(target: Endpoint) -> Dict[str, str]:
     }
 
 
-def local_address(target: Endpoint) -> str:
-    """The address from which this host reaches the endpoint; nothing is sent to find it out."""
+def local_address(endpoint: Endpoint, config: Config) -> str:
+    """The address from which this host reaches the endpoint, or its proxy; nothing is sent to find it out."""
+    if endpoint.unix is not None:
+        return ""
+    host, port = peer_of(endpoint, choose_route(endpoint, config, os.environ))
+    fixed = fixed_addresses(config.resolve, host, port)
+    target = fixed[0][4] if fixed else (host, port)
     try:
-        with socket.socket(socket.AF_INET6 if ":" in target.host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect((target.host, target.port))
+        with socket.socket(socket.AF_INET6 if ":" in target[0] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect(target)
             return sock.getsockname()[0]
     except OSError:
         return ""
@@ -9504,6 +9926,7 @@ def make_header(
         key: value for key, value in vars(config).items() if value is not None and key not in NOT_SHOWN
     }
     shown["url"] = redact(endpoint.url, secrets)
+    shown["proxy"] = redact(config.proxy, secrets)
     shown["header"] = [redact(mask_header(line), secrets) for line in config.header]
     shown["body"] = mask_body(config.body, secrets)
     shown["token"] = "***" if config.token else ""
@@ -9515,7 +9938,7 @@ def make_header(
         "tool_version": __version__, "run_id": config.run_id, "provider": config.provider, "model": config.model,
         "url": shown["url"], "started_at": iso_time(started), "command": redact(command, secrets),
     }  # fmt: skip
-    return {**header, **host_facts(endpoint), "config": shown}
+    return {**header, **host_facts(endpoint, config), "config": shown}
 
 
 def mask_header(line: str) -> str:
@@ -10996,7 +11419,9 @@ async def first_model(provider: Provider, endpoint: Endpoint, network: Network) 
     headers = replace_headers(headers + provider.authorization(endpoint), provider.config.header)
     target = provider.models_target(endpoint)
     try:
-        head, body = await fetch(network, encode_request("GET", target, headers), min(30.0, provider.config.timeout))
+        head, body = await fetch(network, network.encode("GET", target, headers), min(30.0, provider.config.timeout))
+        if head.status == 407:
+            raise refused_by_proxy(head, network.route.proxy)
     except RequestError as error:
         raise UserError("GET %s failed (%s: %s); is --url right?" % (target, error.status, error)) from None
     if head.status in (401, 403):
@@ -11280,6 +11705,27 @@ def read_start(text: str) -> str:
     return iso_time(moment)
 
 
+def read_proxy(text: str) -> str:
+    """`none`, or a proxy's URL; without a scheme it gets http://."""
+    text = text.strip()
+    if not text:
+        raise ValueError("needs http://[USER:PASSWORD@]HOST:PORT, or none")
+    return text if text == "none" or "://" in text else "http://" + text
+
+
+def read_server_name(text: str) -> str:
+    """The name that a certificate must hold: a host's, without scheme or port."""
+    if not re.match(r"^[^\s/:@\x00-\x1f]+$|^[0-9A-Fa-f:.]+$", text):
+        raise ValueError("needs a host name alone, such as llm.example.com")
+    return text
+
+
+def read_resolve(text: str) -> str:
+    """HOST:PORT:ADDRESS."""
+    parse_resolve(text)
+    return text
+
+
 def read_processes(text: str) -> Union[int, str]:
     """`auto`, or a whole number."""
     return text if text == "auto" else read_count(1)(text)
@@ -11325,7 +11771,8 @@ class Flag(NamedTuple):
 
 RUN_FLAGS = (
     Flag("url", str, "URL", "", "endpoint; without a path the provider's is added, a path ending in /vN gets its last "
-         "part; mock: or mock:?ttft=200&itl=50&tokens=20 starts the built-in mock server in a process of its own"),
+         "part; unix:/path.sock:/v1 is behind a Unix socket; mock: or mock:?ttft=200&itl=50&tokens=20 starts the "
+         "built-in mock server in a process of its own"),
     Flag("provider", str, "NAME", "openai", "the endpoint's dialect; `llmbench providers` lists them"),
     Flag("model", str, "NAME", "the first listed", "model to ask for; by default the first id that GET …/models lists"),
     Flag("token", str, "SECRET", "$LLMBENCH_TOKEN, then $OPENAI_API_KEY",
@@ -11372,11 +11819,20 @@ RUN_FLAGS = (
          "put a short unique prefix before each first user message, so that no prefix cache flatters the endpoint"),
     Flag("no-unique", None, "", "", "send the prompts as they are"),
     Flag("timeout", read_duration, "TIME", "120s", "for a whole request"),
-    Flag("connect-timeout", read_duration, "TIME", "10s", "for DNS, TCP and TLS of a new connection"),
+    Flag("connect-timeout", read_duration, "TIME", "10s", "for DNS, TCP, proxy and TLS of a new connection"),
     Flag("ttft-timeout", read_duration, "TIME", "off", "until the first output"),
     Flag("idle-timeout", read_duration, "TIME", "off", "between any bytes of an answer"),
     Flag("insecure", None, "", "off", "accept any TLS certificate"),
     Flag("ca-cert", str, "FILE", "the system's", "PEM file or directory of the CAs to trust"),
+    Flag("client-cert", str, "FILE", "", "PEM file of the certificate that the endpoint asks of us, with its key or "
+         "with --client-key"),
+    Flag("client-key", str, "FILE", "in --client-cert", "PEM file of that certificate's key, not encrypted"),
+    Flag("server-name", read_server_name, "NAME", "the URL's host", "the name that TLS asks for (SNI) and that the "
+         "certificate must hold; the Host header stays"),
+    Flag("proxy", read_proxy, "URL", "$https_proxy, $http_proxy, $all_proxy, save $no_proxy",
+         "HTTP proxy, http://[USER:PASSWORD@]HOST:PORT: https endpoints by CONNECT; none goes straight"),
+    Flag("resolve", read_resolve, "HOST:PORT:ADDR", "", "connect to this address for that host and port; HOST may be "
+         "*, ADDR a list with commas (repeat)", True),
     Flag("header", str, "'K: V'", "",
          "header to add, or to put in place of ours; an empty value takes it out (repeat)", True),
     Flag("body", read_json_object, "JSON", "", "object merged into the request body; null takes a field out"),
@@ -11568,7 +12024,8 @@ def check_shard(config: Config) -> None:
 
 def shared_run_id(config: Config) -> str:
     """The run id that hosts agree on without talking: a hash of what they have in common."""
-    own = ("shard", "out", "token", "processes", "run_id", "progress", "lang", "given")
+    own = ("shard", "out", "token", "processes", "run_id", "progress", "lang", "given", "proxy", "resolve",
+           "client_cert", "client_key")  # fmt: skip  # hosts may go different ways to one endpoint
     common = {key: value for key, value in vars(config).items() if key not in own}
     return hashlib.sha256(json.dumps(common, sort_keys=True).encode("utf-8")).hexdigest()[:8]
 
@@ -11631,19 +12088,24 @@ def shown_command(words: Sequence[str]) -> str:
         if secret:
             shown.append(masked_value(secret, word))
             secret = ""
-        elif bare in ("token", "header") and equals:
+        elif bare in MASKED and equals:
             shown.append(name + "=" + masked_value(bare, value))
         else:
-            secret = bare if bare in ("token", "header") else ""
+            secret = bare if bare in MASKED else ""
             shown.append(word)
     # Redacted before quoting: a quoted quote would end the pattern of a password.
     return " ".join(["llmbench.pyz", "run"] + [shlex.quote(redact(word)) for word in shown])
 
 
+MASKED = ("token", "header", "proxy")  # flags whose values may be shown in part
+
+
 def masked_value(flag: str, value: str) -> str:
-    """The value of --token or --header as it may be shown."""
+    """The value of one of these flags as it may be shown."""
     if flag == "header":
         return mask_header(value)
+    if flag == "proxy":
+        return value if "@" not in value else "http://***@" + value.rpartition("@")[2]
     return value if re.match(r"^(env|file|cmd):", value) else "***"
 
 
@@ -11668,6 +12130,7 @@ class Session:
         self.words = words
         self.provider = make_provider(config)
         self.endpoint = parse_url(url, self.provider)
+        self.route = check_way(self.endpoint, config)
         self.endpoint_url = url
         self.texts = load_texts(assets, config.lang)
         self.signal = 0
@@ -11712,6 +12175,7 @@ class Session:
         secrets = secrets_of(config, self.endpoint)
         facts = [
             (texts["plan.target"], redact(self.endpoint.url, secrets)),
+            *self._way(),
             (texts["plan.model"], config.model or texts["plan.first_model"]),
             (texts["plan.prompts"], texts["plan.sizes"].format(n=len(sizes), low=sizes[0], high=sizes[-1])),
             (texts["plan.out"], config.out or default_directory(config.model, time.time())),
@@ -11725,6 +12189,18 @@ class Session:
         print("\n" + texts["plan.sample"] + "\n")
         print(redact(runner.sample(stages[0]).decode("utf-8", "replace"), secrets).replace("\r\n", "\n"))
         return EXIT_OK
+
+    def _way(self) -> List[Tuple[str, str]]:
+        """What --dry-run says of the way to the endpoint, where it is not straight."""
+        texts, route = self.texts, self.route
+        facts = []
+        if route.proxy is not None:
+            value = texts["plan.proxy.from"].format(proxy=route.proxy.url, reason=route.reason)
+            facts.append((texts["plan.proxy"], value))
+        fixed = fixed_addresses(self.config.resolve, *peer_of(self.endpoint, route))
+        if fixed:
+            facts.append((texts["plan.address"], ", ".join(show_address(found[4]) for found in fixed) + " (--resolve)"))
+        return facts
 
     def _make_shape(self, sink: Callable[[Dict[str, Any]], None]) -> Shape:
         """Asks the endpoint how it counts; the dialect that this finds out holds for a run in this process too."""
@@ -11915,6 +12391,9 @@ def command_run(words: Sequence[str]) -> int:
     if not config.url.startswith("mock:"):
         session = Session(config, config.url, workload, assets, words)
         warn_without_token(config, session.endpoint)
+        if session.route.proxy is not None and not config.proxy:
+            told = (session.route.proxy.url, session.route.reason)
+            warn("through the proxy %s (%s); --proxy none goes straight" % told)
         return session.run()
     with MockProcess(mock_flags(config.url)) as mock:
         return Session(config, mock.url, workload, assets, words).run()
@@ -11955,8 +12434,7 @@ def follow_trace(config: Config, workload: Workload) -> None:
 def warn_without_token(config: Config, endpoint: Endpoint) -> None:
     """Says that requests go out without authorization, unless the endpoint is this host itself."""
     named = any(line.lower().startswith(("authorization:", "api-key:", "x-api-key:")) for line in config.header)
-    local = endpoint.host == "localhost" or endpoint.host.startswith("127.") or endpoint.host == "::1"
-    if not (config.token or endpoint.userinfo or named or local):
+    if not (config.token or endpoint.userinfo or named or is_loopback(endpoint.host)):
         warn("warning: no token; give --token or set LLMBENCH_TOKEN if the endpoint needs one")
 
 
