@@ -73,6 +73,7 @@ from typing import (
     Coroutine,
     Deque,
     Dict,
+    FrozenSet,
     Generator,
     Iterable,
     Iterator,
@@ -1278,7 +1279,52 @@ class ResponseReader:
 # Nothing here reads a clock, a file or the environment, so each vector that a vendor published is a test.
 # A header that depends on neither moment nor body is made once; one that does is made at send time, over
 # the very bytes that are sent.
-# A step's name and text may be shown to who looks for the cause of a 401; a secret is in neither.
+#
+# A *scheme* (`Auth`) is a vendor's way in code; AUTHS lists them. What they have in common (a canonical
+# request, its hash, a string to sign, a key) is in the functions above them. For a gateway that nobody has
+# heard of there are *steps* (`Pipeline`): small expressions over pure functions, each of which may use the
+# values of those before it. They are read by a parser of our own, which knows texts, numbers, names and
+# calls and nothing else, so that a gateway's file can compute a signature and can't do anything else.
+# A mistake in one is found when the file is read, and its error names file, step and column.
+#
+# A header or query parameter may hold `${name}` of a step: what a step sees of the request is what has been
+# filled in by the steps before it, so a signature can cover the time and can't cover itself.
+# A step's name and text may be shown to who looks for the cause of a 401; a secret is in neither: what is
+# computed from a secret otherwise than by a hash over more than it, or is the key of a later hash, is ***.
+
+Value = Union[str, bytes]
+Headers = List[Tuple[str, str]]
+HASHES = ("sha256", "sha1", "sha512", "md5", "sm3")
+OUTPUTS: Dict[str, Callable[[bytes], Value]] = {
+    "hex": bytes.hex,
+    "HEX": lambda data: data.hex().upper(),
+    "b64": lambda data: base64.b64encode(data).decode("ascii"),
+    "b64url": lambda data: base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii"),
+    "raw": bytes,
+}  # fmt: skip
+TIME_FORMATS = {
+    "epoch": "", "epoch_ms": "", "rfc1123": "",  # made otherwise
+    "iso": "%Y-%m-%dT%H:%M:%SZ", "iso_basic": "%Y%m%dT%H%M%SZ", "date": "%Y-%m-%d", "date_basic": "%Y%m%d",
+    "compact": "%Y%m%d%H%M%S",
+}  # fmt: skip
+PLACEHOLDER = re.compile(r"\$\{([^{}]*)\}")
+
+
+class Secrets(NamedTuple):
+    """What proves who asks, as the flags gave it; an empty text was not given. options: those of --auth-opt."""
+
+    key: str = ""
+    secret: str = ""
+    token: str = ""
+    options: Mapping[str, str] = {}
+
+
+class Signed(NamedTuple):
+    """A request's target and headers as they are sent, and how they came about: (name, text) without secrets."""
+
+    target: str
+    headers: Headers
+    steps: List[Tuple[str, str]]
 
 
 def bearer_header(token: str) -> Tuple[str, str]:
@@ -1289,6 +1335,607 @@ def bearer_header(token: str) -> Tuple[str, str]:
 def basic_header(userinfo: str) -> Tuple[str, str]:
     """The header that carries `user:password`, as RFC 7617 has it."""
     return "Authorization", "Basic " + base64.b64encode(userinfo.encode("utf-8")).decode("ascii")
+
+
+# What the schemes have in common.
+
+
+def octets(value: Value) -> bytes:
+    """A text as UTF-8; bytes as they are."""
+    return value.encode("utf-8") if isinstance(value, str) else value
+
+
+def hash_of(value: Value, algorithm: str = "sha256") -> bytes:
+    """The raw hash."""
+    return hashlib.new(algorithm, octets(value)).digest()
+
+
+def hmac_of(key: Value, message: Value, algorithm: str = "sha256") -> bytes:
+    """The raw HMAC."""
+    import hmac
+
+    return hmac.new(octets(key), octets(message), algorithm).digest()
+
+
+def key_chain(key: Value, *parts: Value) -> bytes:
+    """HMAC-SHA256 of the first part, which is the key for the second, and so on: a key bound to date and service."""
+    for part in parts:
+        key = hmac_of(key, part)
+    return octets(key)
+
+
+def format_time(moment: float, form: str, plus: int = 0) -> str:
+    """Seconds since 1970 in UTC, in a form of TIME_FORMATS or one of strftime's. plus: s ahead, such as a zone's.
+
+    >>> format_time(1735787045.25, "epoch_ms"), format_time(1735787045, "iso"), format_time(0, "%H:%M", 28800)
+    ('1735787045250', '2025-01-02T03:04:05Z', '08:00')
+    """
+    if form == "epoch_ms":
+        return "%d" % round((moment + plus) * 1000)
+    if form == "epoch":
+        return "%d" % (moment + plus)
+    if form == "rfc1123":
+        return write_http_date(int(moment + plus))
+    when = datetime.datetime.fromtimestamp(int(moment + plus), datetime.timezone.utc)
+    return when.strftime(TIME_FORMATS.get(form, form))
+
+
+def percent_encode(value: Value, safe: str = "") -> str:
+    """Every byte but letters, digits and -._~ percent-encoded, in capitals, as RFC 3986 and all the vendors have it."""
+    return urllib.parse.quote(value, safe="-._~" + safe)
+
+
+def canonical_path(path: str, slash: bool = False) -> str:
+    """A path percent-encoded in one way, however it was written. slash: ends with one."""
+    path = percent_encode(urllib.parse.unquote_to_bytes(path), "/")
+    return path + "/" * (slash and not path.endswith("/"))
+
+
+def query_pairs(query: str, skip: Iterable[str] = ()) -> List[Tuple[str, str]]:
+    """A query's names and values, each percent-encoded in one way; a value that is missing is empty."""
+    pairs = [item.partition("=")[::2] for item in query.split("&") if item]
+    pairs = [(urllib.parse.unquote_to_bytes(name), urllib.parse.unquote_to_bytes(value)) for name, value in pairs]
+    left_out = {octets(name) for name in skip}
+    return [(percent_encode(name), percent_encode(value)) for name, value in pairs if name not in left_out]
+
+
+def canonical_query(query: str, skip: Iterable[str] = ()) -> str:
+    """A query sorted by name and then value, percent-encoded in one way."""
+    return "&".join("%s=%s" % pair for pair in sorted(query_pairs(query, skip)))
+
+
+def header_values(headers: Headers, names: Iterable[str]) -> Headers:
+    """Of these headers (lower-case names) the ones that are sent, sorted: (lower-case name, trimmed value)."""
+    sent = {name.lower(): value.strip() for name, value in reversed(headers)}
+    return sorted((name, sent[name]) for name in set(names) if name in sent)
+
+
+def with_headers(headers: Headers, new: Headers) -> Headers:
+    """Headers with new ones added, each in place of those of its name."""
+    names = {name.lower() for name, _ in new}
+    return [header for header in headers if header[0].lower() not in names] + new
+
+
+def names_in(text: str) -> List[str]:
+    """Header names of a list with ; or commas, in lower case."""
+    return [name.lower() for name in re.split(r"[\s;,]+", text) if name]
+
+
+# Steps: expressions over pure functions.
+
+
+class Subject:
+    """One request as the steps see it, and the values of the steps so far."""
+
+    def __init__(
+        self, secrets: Secrets, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str
+    ) -> None:
+        self.method, self.body, self.moment, self.nonce = method, body, moment, nonce
+        self._target, self._headers = target, headers
+        self.values: Dict[str, Value] = {"key": secrets.key, "secret": secrets.secret, "token": secrets.token}
+        for name, value in secrets.options.items():
+            self.values[name] = self.values["option:" + name] = value
+        self.trace: List[Tuple[Value, bool]] = []  # what was hashed, and whether it shows a secret
+
+    def fill(self, template: str, encode: bool) -> Optional[str]:
+        """A text with the values of its `${name}`, percent-encoded on request; None when one is not known yet."""
+        if "${" not in template:
+            return template
+        names = PLACEHOLDER.findall(template)
+        if "secret" in names or any(name not in self.values for name in names):
+            return None
+        if any(isinstance(self.values[name], bytes) for name in names):
+            raise UserError("${%s} is bytes, not text; take hex() or b64() of it"
+                            % next(name for name in names if isinstance(self.values[name], bytes)))  # fmt: skip
+        return PLACEHOLDER.sub(
+            lambda match: percent_encode(self.values[match[1]]) if encode else str(self.values[match[1]]), template
+        )
+
+    @property
+    def path(self) -> str:
+        """The request target's path as it is sent."""
+        path = self.fill(self._target.partition("?")[0], True)
+        if path is None:
+            raise UserError("the path holds a ${…} of a step that comes later or isn't there")
+        return path
+
+    @property
+    def query(self) -> str:
+        """The query as it is sent, without the parameters that are not known yet."""
+        filled = (self.fill(item, True) for item in self._target.partition("?")[2].split("&"))
+        return "&".join(item for item in filled if item)
+
+    @property
+    def target(self) -> str:
+        """Path and query."""
+        query = self.query
+        return self.path + ("?" + query if query else "")
+
+    @property
+    def headers(self) -> Headers:
+        """The headers, without those that are not known yet."""
+        filled = ((name, self.fill(value, False)) for name, value in self._headers)
+        return [(name, value) for name, value in filled if value is not None]
+
+    def header(self, name: str) -> str:
+        """A header's value; raises UserError when it isn't sent."""
+        values = header_values(self.headers, [name.lower()])
+        if not values:
+            raise UserError("there is no header %s, or it is filled in by a later step" % name)
+        return values[0][1]
+
+    def random_hex(self, count: int) -> str:
+        """So many hex digits, the same throughout one request."""
+        return (self.nonce if count <= len(self.nonce) else hash_of("more " + self.nonce, "sha512").hex())[:count]
+
+    @property
+    def uuid(self) -> str:
+        """A UUID of version 4 made of the nonce."""
+        digits = self.random_hex(32)
+        variant = "%x" % (8 + int(digits[16], 16) % 4)
+        return "-".join((digits[:8], digits[8:12], "4" + digits[13:16], variant + digits[17:20], digits[20:]))
+
+
+NAMES: Dict[str, Callable[[Subject], Value]] = {
+    "method": lambda subject: subject.method,
+    "path": lambda subject: subject.path,
+    "query": lambda subject: subject.query,
+    "target": lambda subject: subject.target,
+    "host": lambda subject: subject.header("Host"),
+    "body": lambda subject: subject.body,
+    "nonce": lambda subject: subject.nonce,
+    "uuid": lambda subject: subject.uuid,
+    **{name: lambda subject, name=name: subject.values[name] for name in ("key", "secret", "token")},
+}
+
+
+def as_text(value: Any) -> str:
+    """A value as text; raises ValueError for bytes."""
+    if isinstance(value, bytes):
+        raise ValueError("takes text, not bytes; take hex() or b64() of them")
+    return str(value)
+
+
+def join_values(separator: Any, *parts: Any) -> Value:
+    """The parts as one text; as bytes when one of them is bytes."""
+    if isinstance(separator, bytes) or any(isinstance(part, bytes) for part in parts):
+        pieces = [part if isinstance(part, bytes) else str(part).encode("utf-8") for part in (separator, *parts)]
+        return pieces[0].join(pieces[1:])
+    return str(separator).join(map(str, parts))
+
+
+def canonical_headers(subject: Subject, names: Any, encode: bool, lower: bool, end: bool) -> str:
+    """One line `name:value` for each of the headers, sorted; raises UserError for one that isn't sent."""
+    wanted = names_in(as_text(names))
+    for name in wanted:
+        subject.header(name)
+    lines = []
+    for name, value in header_values(subject.headers, wanted):
+        shown = value.lower() if lower else value
+        lines.append(percent_encode(name) + ":" + percent_encode(shown) if encode else name + ":" + shown)
+    return "\n".join(lines) + "\n" * end
+
+
+def decode_base64(text: Any) -> bytes:
+    """The bytes of base64, of either alphabet; raises ValueError."""
+    plain = as_text(text).strip().replace("-", "+").replace("_", "/")
+    return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+
+
+def json_of(*values: Any, **fields: Any) -> str:
+    """A text or number as JSON, or named values as an object in their order."""
+    tree = {name: value if isinstance(value, int) else as_text(value) for name, value in fields.items()}
+    one = [value if isinstance(value, int) else as_text(value) for value in values]
+    return json.dumps(one[0] if one else tree, ensure_ascii=False, separators=(",", ":"))
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """A reader of one of these words; raises ValueError."""
+
+    def read(text: str) -> str:
+        if text not in known:
+            raise ValueError("must be one of %s, not %r" % (", ".join(known), text))
+        return text
+
+    return read
+
+
+def read_hash(text: str) -> str:
+    """The name of a hash that this Python has; raises ValueError."""
+    one_of(HASHES)(text)
+    if text not in hashlib.algorithms_available:
+        raise ValueError("%s is not in this Python's OpenSSL" % text)
+    return text
+
+
+def read_yes(text: str) -> bool:
+    """yes or no; raises ValueError."""
+    return one_of(("yes", "no"))(text) == "yes"
+
+
+def read_time_format(text: str) -> str:
+    """A name of TIME_FORMATS, or a form of strftime's; raises ValueError."""
+    return text if "%" in text else one_of(TIME_FORMATS)(text)
+
+
+def read_whole(text: str) -> int:
+    """A whole number; raises ValueError."""
+    if not re.match(r"^-?[0-9]{1,9}$", text):
+        raise ValueError("must be a whole number, not %r" % text)
+    return int(text)
+
+
+def read_digits(text: str) -> int:
+    """How many hex digits: 1 to 128; raises ValueError."""
+    if not 1 <= read_whole(text) <= 128:
+        raise ValueError("must be 1 to 128")
+    return int(text)
+
+
+class Function(NamedTuple):
+    """A function of the steps. run(subject, *arguments, **options); takes: the arguments, * for any number more.
+
+    options: (name, default, reader); they are constants. hashes: which argument is hashed (its value is no longer a
+    secret's); keyed: which one is the key.
+    """
+
+    run: Callable[..., Any]
+    takes: Tuple[str, ...] = ("value",)
+    options: Tuple[Tuple[str, str, Callable[[str], Any]], ...] = ()
+    hashes: Optional[int] = None
+    keyed: Optional[int] = None
+
+
+OUT = ("out", "hex", one_of(OUTPUTS))
+FUNCTIONS: Dict[str, Function] = {
+    "hmac": Function(
+        lambda _, key, message, alg, out: OUTPUTS[out](hmac_of(key, message, alg)), ("key", "message"),
+        (("alg", "sha256", read_hash), OUT), 1, 0,
+    ),
+    "chain": Function(lambda _, key, *parts: key_chain(key, *parts), ("key", "part", "*"), (), 1, 0),
+    "join": Function(lambda _, *parts: join_values(*parts), ("separator", "part", "*")),
+    "lower": Function(lambda _, value: as_text(value).lower()),
+    "upper": Function(lambda _, value: as_text(value).upper()),
+    "trim": Function(lambda _, value: as_text(value).strip()),
+    "urlencode": Function(lambda _, value, safe: percent_encode(value, safe), options=(("safe", "", str),)),
+    "b64": Function(lambda _, value: OUTPUTS["b64"](octets(value))),
+    "b64url": Function(lambda _, value: OUTPUTS["b64url"](octets(value))),
+    "b64decode": Function(lambda _, value: decode_base64(value)),
+    "hex": Function(lambda _, value: octets(value).hex()),
+    "slice": Function(
+        lambda _, value, start, end: as_text(value)[start:end],
+        options=(("start", "0", read_whole), ("end", "999999999", read_whole)),
+    ),
+    "canon_path": Function(
+        lambda subject, slash: canonical_path(subject.path, slash), (), (("slash", "no", read_yes),)
+    ),
+    "canon_query": Function(lambda subject, skip: canonical_query(subject.query, skip), (), (("skip", "", names_in),)),
+    "canon_headers": Function(
+        canonical_headers, ("names",), (("encode", "no", read_yes), ("lower", "no", read_yes), ("end", "yes", read_yes))
+    ),
+    "header": Function(lambda subject, name: subject.header(as_text(name)), ("name",)),
+    "time": Function(
+        lambda subject, fmt, plus: format_time(subject.moment, fmt, plus), (),
+        (("fmt", "epoch", read_time_format), ("plus", "0", read_whole)),
+    ),
+    "nonce": Function(lambda subject: subject.nonce, ()),
+    "uuid": Function(NAMES["uuid"], ()),
+    "rand_hex": Function(lambda subject, n: subject.random_hex(n), (), (("n", "32", read_digits),)),
+    "number": Function(lambda _, value: int(as_text(value))),
+    "json": Function(lambda _, *values, **fields: json_of(*values, **fields), ()),
+    **{
+        name: Function(lambda _, value, out, name=name: OUTPUTS[out](hash_of(value, name)), options=(OUT,), hashes=0)
+        for name in HASHES
+    },
+}  # fmt: skip
+
+
+class Node(NamedTuple):
+    """A compiled expression: its value for a subject, where it begins, and what may be shown of it."""
+
+    value: Callable[[Subject], Any]
+    column: int
+    constant: Optional[str] = None
+    secret: bool = False  # its value gives a secret away
+    derived: bool = False  # it is computed with a secret, through a hash or not
+    names: FrozenSet[str] = frozenset()  # that it mentions
+    keys: FrozenSet[str] = frozenset()  # those of them that make the key of a hash
+
+
+class Token(NamedTuple):
+    """A word of an expression: its kind, its text, and the column of its first character, from 1."""
+
+    kind: str
+    text: str
+    column: int
+
+
+TOKEN = re.compile(
+    r"(?P<text>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")|(?P<number>-?[0-9]+)"
+    r"|(?P<name>[A-Za-z_][A-Za-z0-9_]*(?:[:-][A-Za-z0-9_]+)*)|(?P<mark>[(),=])",
+    re.DOTALL,
+)
+DEEPEST = 40  # calls inside each other
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "\\": "\\", "'": "'", '"': '"'}
+
+
+class Parser:
+    """Compiles one expression into a Node, by recursive descent; raises UserError that names place and column."""
+
+    def __init__(self, text: str, where: str, names: Mapping[str, Tuple[bool, bool]]) -> None:
+        self._text = text
+        self._where = where
+        self._names = names  # to whether its value is a secret, or derived from one
+        self._tokens = self._tokenize()
+        self._at = self._depth = 0
+
+    def parse(self) -> Node:
+        """The whole text as one expression."""
+        node = self._expression()
+        if self._next.kind != "end":
+            self._fail(self._next, "%r is left over after the end of the expression" % self._next.text)
+        return node
+
+    def _fail(self, at: Union[Token, Node], what: str) -> NoReturn:
+        raise UserError("%s, column %d: %s" % (self._where, at.column, what))
+
+    def _tokenize(self) -> List[Token]:
+        tokens, at = [], 0
+        while True:
+            at += len(self._text[at:]) - len(self._text[at:].lstrip())
+            if at == len(self._text):
+                return [*tokens, Token("end", "", at + 1)]
+            match = TOKEN.match(self._text, at)
+            if match is None:
+                token = Token("", self._text[at], at + 1)
+                unclosed = token.text in "'\""
+                self._fail(token, "a text without its closing quote" if unclosed else "%r means nothing" % token.text)
+            tokens.append(Token(str(match.lastgroup), match.group(), at + 1))
+            at = match.end()
+
+    @property
+    def _next(self) -> Token:
+        return self._tokens[self._at]
+
+    def _take(self) -> Token:
+        self._at += 1
+        return self._tokens[self._at - 1]
+
+    def _expect(self, mark: str) -> None:
+        if (self._next.kind, self._next.text) != ("mark", mark):
+            self._fail(self._next, "expected %r, not %s" % (mark, repr(self._next.text or "the end").replace("'", "")))
+        self._take()
+
+    def _expression(self) -> Node:
+        token = self._take()
+        if self._depth > DEEPEST:
+            self._fail(token, "more than %d calls inside each other; cut it into steps" % DEEPEST)
+        if token.kind == "text":
+            text = self._unescaped(token)
+            return Node(lambda _: text, token.column, constant=text)
+        if token.kind == "number":
+            return Node(lambda _: int(token.text), token.column, constant=token.text)
+        if token.kind == "name" and (self._next.kind, self._next.text) == ("mark", "("):
+            self._depth += 1
+            node = self._call(token)
+            self._depth -= 1
+            return node
+        if token.kind == "name":
+            return self._name(token)
+        return self._fail(token, "expected a text in quotes, a number, a name or a function")
+
+    def _unescaped(self, token: Token) -> str:
+        def escape(match: Match[str]) -> str:
+            if match[1] not in ESCAPES:
+                self._fail(token._replace(column=token.column + match.start() + 1), "\\%s is no escape" % match[1])
+            return ESCAPES[match[1]]
+
+        return re.sub(r"\\(.)", escape, token.text[1:-1], flags=re.DOTALL)
+
+    def _name(self, token: Token) -> Node:
+        name = token.text
+        if name not in self._names:
+            hint = nearest(name, [*self._names, *FUNCTIONS])
+            if name in FUNCTIONS:
+                hint = "; it is a function: %s(…)" % name
+            self._fail(token, "%s is not known here%s" % (name, hint))
+        known = NAMES.get(name)
+        value = known if known is not None else lambda subject: subject.values[name]
+        secret, derived = self._names[name]
+        return Node(value, token.column, None, secret, derived, frozenset([name]))
+
+    def _call(self, token: Token) -> Node:
+        if token.text not in FUNCTIONS:
+            self._fail(token, "there is no function %s%s" % (token.text, nearest(token.text, FUNCTIONS)))
+        function = FUNCTIONS[token.text]
+        self._expect("(")
+        given: List[Node] = []
+        named: Dict[str, Node] = {}
+        while (self._next.kind, self._next.text) != ("mark", ")"):
+            if given or named:
+                self._expect(",")
+            following = self._tokens[self._at + 1] if self._next.kind == "name" else self._next
+            if (following.kind, following.text) == ("mark", "="):
+                name = self._take().text
+                self._take()
+                named[name] = self._expression()
+                continue
+            if named:
+                self._fail(self._next, "an argument without a name can't follow one with a name")
+            given.append(self._expression())
+        self._take()
+        if token.text == "json":
+            return self._json(token, given, named)
+        arguments, options = self._arguments(token, function, given, named)
+        return self._node(token, function, arguments, options)
+
+    def _arguments(
+        self, token: Token, function: Function, given: Sequence[Node], named: Mapping[str, Node]
+    ) -> Tuple[List[Node], Dict[str, Any]]:
+        """A call's arguments, and its options as they are read."""
+        takes = [name for name in function.takes if name != "*"]
+        endless = "*" in function.takes
+        count = len(given) if endless else min(len(given), len(takes))
+        if count < len(takes):
+            self._fail(token, "%s needs %s" % (token.text, self._form(function)))
+        known = [name for name, _, _ in function.options]
+        options = dict(zip(known, given[count:]))
+        if len(given) - count > len(known):
+            self._fail(given[count + len(known)], "%s takes no more than %s" % (token.text, self._form(function)))
+        for name, node in named.items():
+            if name not in known or name in options:
+                self._fail(node, "%s takes %s once%s" % (token.text, self._form(function), nearest(name, known)))
+            options[name] = node
+        return list(given[:count]), {
+            name: self._option(name, read, options[name]) if name in options else read(default)
+            for name, default, read in function.options
+        }
+
+    @staticmethod
+    def _form(function: Function) -> str:
+        words = [*function.takes, *("%s=%s" % (name, default) for name, default, _ in function.options)]
+        return "(%s)" % ", ".join(words).replace(", *", ", …")
+
+    def _option(self, name: str, read: Callable[[str], Any], node: Node) -> Any:
+        if node.constant is None:
+            self._fail(node, "%s must be a text in quotes or a number, known when this is read" % name)
+        try:
+            return read(node.constant)  # type: ignore[arg-type]
+        except ValueError as error:
+            return self._fail(node, "%s %s" % (name, error))
+
+    def _json(self, token: Token, given: Sequence[Node], named: Mapping[str, Node]) -> Node:
+        if len(given) + bool(named) != 1:
+            self._fail(token, "json needs one value, or name=value, …")
+        values, fields = [node.value for node in given], {name: node.value for name, node in named.items()}
+        run = self._guarded(
+            token, lambda subject: json_of(*(value(subject) for value in values),
+                                           **{name: value(subject) for name, value in fields.items()})
+        )  # fmt: skip
+        return self._over([*given, *named.values()], Node(run, token.column))
+
+    @staticmethod
+    def _over(parts: Sequence[Node], node: Node) -> Node:
+        """A node with what its parts tell of secrets."""
+        return node._replace(
+            secret=any(part.secret for part in parts), derived=any(part.derived for part in parts),
+            names=frozenset().union(*(part.names for part in parts)),
+            keys=node.keys.union(*(part.keys for part in parts)),
+        )  # fmt: skip
+
+    def _node(
+        self, token: Token, function: Function, arguments: Sequence[Node], options: Mapping[str, Any]
+    ) -> Node:
+        values, run, hashed = [node.value for node in arguments], function.run, function.hashes
+        hidden = hashed is not None and arguments[hashed].secret
+
+        def value(subject: Subject) -> Any:
+            parts = [part(subject) for part in values]
+            if hashed is not None:
+                subject.trace.append((parts[hashed], hidden))
+            return run(subject, *parts, **options)
+
+        keys = arguments[function.keyed].names if function.keyed is not None else frozenset()
+        node = self._over(arguments, Node(self._guarded(token, value), token.column, keys=keys))
+        if hashed is None:
+            return node
+        # A hash over more than the secret can be shown: it is what is sent.
+        return node._replace(secret=node.secret and all(n.secret or n.constant is not None for n in arguments))
+
+    def _guarded(self, token: Token, value: Callable[[Subject], Any]) -> Callable[[Subject], Any]:
+        """The value, with what it refuses as a UserError of this place."""
+
+        def run(subject: Subject) -> Any:
+            try:
+                return value(subject)
+            except (ValueError, TypeError) as error:
+                said = "takes another kind of value" if isinstance(error, TypeError) else str(error)
+                self._fail(Node(run, token.column), "%s: %s" % (token.text, said))
+            except UserError as error:
+                if str(error).startswith(self._where):
+                    raise
+                self._fail(Node(run, token.column), "%s" % error)
+
+        return run
+
+
+class Step(NamedTuple):
+    """A compiled step: the name that it sets, and whether its value may not be shown."""
+
+    name: str
+    node: Node
+    secret: bool
+
+
+class Pipeline:
+    """The `sign` steps that a file declares: `[{"set": NAME, "to": EXPRESSION}, …]`; raises UserError for a wrong one.
+
+    where: the file's name, for errors. options: the names of --auth-opt that the steps may use, beside those in NAMES.
+    """
+
+    def __init__(self, steps: Sequence[Mapping[str, Any]], where: str, options: Iterable[str] = ()) -> None:
+        names = {name: (name in ("secret", "token"),) * 2 for name in NAMES}
+        for option in options:
+            names[option] = names["option:" + option] = (is_secret_name(option),) * 2
+        compiled: List[Tuple[str, Node]] = []
+        if not isinstance(steps, (list, tuple)):
+            raise UserError('%s: sign must be a list of steps such as {"set": "ts", "to": "time()"}' % where)
+        for number, step in enumerate(steps, 1):
+            name, text = self._read(step, "%s: sign step %d" % (where, number))
+            place = "%s: sign step %d (%s)" % (where, number, name)
+            if name in names:
+                raise UserError("%s: the name %s is taken; choose another" % (place, name))
+            node = Parser(text, place, names).parse()
+            names[name] = node.secret, node.derived
+            compiled.append((name, node))
+        keys = {key for _, node in compiled for key in node.keys}
+        self.steps = [Step(name, node, node.secret or (node.derived and name in keys)) for name, node in compiled]
+        self.names = [step.name for step in self.steps]
+
+    @staticmethod
+    def _read(step: Any, place: str) -> Tuple[str, str]:
+        if not isinstance(step, dict):
+            raise UserError('%s must be an object such as {"set": "ts", "to": "time()"}' % place)
+        for key in step:
+            if key not in ("set", "to"):
+                raise UserError("%s has an unknown key %r%s" % (place, key, nearest(str(key), ("set", "to"))))
+        name, text = step.get("set"), step.get("to")
+        if not isinstance(name, str) or not re.match(r"^[A-Za-z_][A-Za-z0-9_]*\Z", name):
+            raise UserError("%s needs a name to `set`: letters, digits and _" % place)
+        if not isinstance(text, str) or not text.strip():
+            raise UserError("%s (%s) needs an expression `to` set it to, as a text" % (place, name))
+        return name, text
+
+    def run(self, subject: Subject) -> List[Tuple[str, Value, bool]]:
+        """Runs the steps on a request, whose `values` they fill: (name, text, hidden) of each and of what it hashed."""
+        shown: List[Tuple[str, Value, bool]] = []
+        for step in self.steps:
+            subject.trace = []
+            value = step.node.value(subject)
+            subject.values[step.name] = value if isinstance(value, bytes) else str(value)
+            shown += [(step.name + " is made of", text, hidden) for text, hidden in subject.trace]
+            shown.append((step.name, subject.values[step.name], step.secret))
+        return shown
 
 
 # ==================================================================================================
