@@ -408,6 +408,10 @@ class Config:
     provider: str = "openai"
     model: str = ""
     token: str = ""
+    auth: Optional[str] = None  # None: the provider's own scheme
+    auth_key: str = ""
+    auth_secret: str = ""
+    auth_opt: Dict[str, str] = field(default_factory=dict)
     timeout: float = 120.0
     connect_timeout: float = 10.0
     ttft_timeout: Optional[float] = None
@@ -459,6 +463,8 @@ class Config:
     progress: str = "auto"
     lang: str = "en"
     run_id: str = ""
+    token_source: str = ""  # the cmd: or file: that the token came from
+    fetched: List[str] = field(default_factory=list)  # tokens that were asked for, so that none is shown
 
     def requests_per_stage(self, streams: int, rate: Optional[float] = None) -> Optional[int]:
         """Measured requests of a stage, over all parts; None when only the duration ends it."""
@@ -696,6 +702,21 @@ def spellings(secret: str) -> List[str]:
     written = json.dumps(secret, ensure_ascii=False)[1:-1]
     ways = (secret, written, json.dumps(secret)[1:-1], written.replace("/", "\\/"), urllib.parse.quote(secret, safe=""))
     return list(dict.fromkeys(ways))
+
+
+def read_duration(text: str) -> float:
+    """Seconds of `500ms`, `30s`, `5m`, `8h` or plain seconds; raises ValueError.
+
+    >>> [read_duration(text) for text in ("500ms", "1.5", "2m")]
+    [0.5, 1.5, 120.0]
+    """
+    match = re.match(r"^([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ms|s|m|h)?$", text.strip())
+    if not match:
+        raise ValueError("needs a duration such as 500ms, 30s, 5m or 8h")
+    seconds = float(match.group(1)) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}[match.group(2)]
+    if seconds <= 0:
+        raise ValueError("must be above 0")
+    return seconds
 
 
 def milliseconds(seconds: float) -> float:
@@ -1432,9 +1453,9 @@ class Subject:
     ) -> None:
         self.method, self.body, self.moment, self.nonce = method, body, moment, nonce
         self._target, self._headers = target, headers
-        self.values: Dict[str, Value] = {"key": secrets.key, "secret": secrets.secret, "token": secrets.token}
-        for name, value in secrets.options.items():
-            self.values[name] = self.values["option:" + name] = value
+        self.values: Dict[str, Value] = dict(secrets.options)
+        self.values.update(("option:" + name, value) for name, value in secrets.options.items())
+        self.values.update(key=secrets.key, secret=secrets.secret, token=secrets.token, nonce=nonce, uuid=self.uuid)
         self.trace: List[Tuple[Value, bool]] = []  # what was hashed, and whether it shows a secret
 
     def fill(self, template: str, encode: bool) -> Optional[str]:
@@ -1662,7 +1683,7 @@ class Node(NamedTuple):
     keys: FrozenSet[str] = frozenset()  # those of them that make the key of a hash
 
 
-class Token(NamedTuple):
+class Word(NamedTuple):
     """A word of an expression: its kind, its text, and the column of its first character, from 1."""
 
     kind: str
@@ -1670,7 +1691,7 @@ class Token(NamedTuple):
     column: int
 
 
-TOKEN = re.compile(
+WORD = re.compile(
     r"(?P<text>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")|(?P<number>-?[0-9]+)"
     r"|(?P<name>[A-Za-z_][A-Za-z0-9_]*(?:[:-][A-Za-z0-9_]+)*)|(?P<mark>[(),=])",
     re.DOTALL,
@@ -1696,28 +1717,28 @@ class Parser:
             self._fail(self._next, "%r is left over after the end of the expression" % self._next.text)
         return node
 
-    def _fail(self, at: Union[Token, Node], what: str) -> NoReturn:
+    def _fail(self, at: Union[Word, Node], what: str) -> NoReturn:
         raise UserError("%s, column %d: %s" % (self._where, at.column, what))
 
-    def _tokenize(self) -> List[Token]:
+    def _tokenize(self) -> List[Word]:
         tokens, at = [], 0
         while True:
             at += len(self._text[at:]) - len(self._text[at:].lstrip())
             if at == len(self._text):
-                return [*tokens, Token("end", "", at + 1)]
-            match = TOKEN.match(self._text, at)
+                return [*tokens, Word("end", "", at + 1)]
+            match = WORD.match(self._text, at)
             if match is None:
-                token = Token("", self._text[at], at + 1)
+                token = Word("", self._text[at], at + 1)
                 unclosed = token.text in "'\""
                 self._fail(token, "a text without its closing quote" if unclosed else "%r means nothing" % token.text)
-            tokens.append(Token(str(match.lastgroup), match.group(), at + 1))
+            tokens.append(Word(str(match.lastgroup), match.group(), at + 1))
             at = match.end()
 
     @property
-    def _next(self) -> Token:
+    def _next(self) -> Word:
         return self._tokens[self._at]
 
-    def _take(self) -> Token:
+    def _take(self) -> Word:
         self._at += 1
         return self._tokens[self._at - 1]
 
@@ -1744,7 +1765,7 @@ class Parser:
             return self._name(token)
         return self._fail(token, "expected a text in quotes, a number, a name or a function")
 
-    def _unescaped(self, token: Token) -> str:
+    def _unescaped(self, token: Word) -> str:
         def escape(match: Match[str]) -> str:
             if match[1] not in ESCAPES:
                 self._fail(token._replace(column=token.column + match.start() + 1), "\\%s is no escape" % match[1])
@@ -1752,7 +1773,7 @@ class Parser:
 
         return re.sub(r"\\(.)", escape, token.text[1:-1], flags=re.DOTALL)
 
-    def _name(self, token: Token) -> Node:
+    def _name(self, token: Word) -> Node:
         name = token.text
         if name not in self._names:
             hint = nearest(name, [*self._names, *FUNCTIONS])
@@ -1764,7 +1785,7 @@ class Parser:
         secret, derived = self._names[name]
         return Node(value, token.column, None, secret, derived, frozenset([name]))
 
-    def _call(self, token: Token) -> Node:
+    def _call(self, token: Word) -> Node:
         if token.text not in FUNCTIONS:
             self._fail(token, "there is no function %s%s" % (token.text, nearest(token.text, FUNCTIONS)))
         function = FUNCTIONS[token.text]
@@ -1790,7 +1811,7 @@ class Parser:
         return self._node(token, function, arguments, options)
 
     def _arguments(
-        self, token: Token, function: Function, given: Sequence[Node], named: Mapping[str, Node]
+        self, token: Word, function: Function, given: Sequence[Node], named: Mapping[str, Node]
     ) -> Tuple[List[Node], Dict[str, Any]]:
         """A call's arguments, and its options as they are read."""
         takes = [name for name in function.takes if name != "*"]
@@ -1824,7 +1845,7 @@ class Parser:
         except ValueError as error:
             return self._fail(node, "%s %s" % (name, error))
 
-    def _json(self, token: Token, given: Sequence[Node], named: Mapping[str, Node]) -> Node:
+    def _json(self, token: Word, given: Sequence[Node], named: Mapping[str, Node]) -> Node:
         if len(given) + bool(named) != 1:
             self._fail(token, "json needs one value, or name=value, …")
         values, fields = [node.value for node in given], {name: node.value for name, node in named.items()}
@@ -1844,7 +1865,7 @@ class Parser:
         )  # fmt: skip
 
     def _node(
-        self, token: Token, function: Function, arguments: Sequence[Node], options: Mapping[str, Any]
+        self, token: Word, function: Function, arguments: Sequence[Node], options: Mapping[str, Any]
     ) -> Node:
         values, run, hashed = [node.value for node in arguments], function.run, function.hashes
         hidden = hashed is not None and arguments[hashed].secret
@@ -1862,7 +1883,7 @@ class Parser:
         # A hash over more than the secret can be shown: it is what is sent.
         return node._replace(secret=node.secret and all(n.secret or n.constant is not None for n in arguments))
 
-    def _guarded(self, token: Token, value: Callable[[Subject], Any]) -> Callable[[Subject], Any]:
+    def _guarded(self, token: Word, value: Callable[[Subject], Any]) -> Callable[[Subject], Any]:
         """The value, with what it refuses as a UserError of this place."""
 
         def run(subject: Subject) -> Any:
@@ -1936,6 +1957,768 @@ class Pipeline:
             shown += [(step.name + " is made of", text, hidden) for text, hidden in subject.trace]
             shown.append((step.name, subject.values[step.name], step.secret))
         return shown
+
+
+# Schemes: a vendor's way in code.
+
+
+SIGNED_NAMES = "names of the headers to sign, with ; between them"
+
+
+class Auth:
+    """A scheme: how a request proves who asks. One object serves all requests of a process.
+
+    needs: of "token", "key" and "secret" those without which it can't be; options: --auth-opt names and meanings.
+    per_request: `sign` depends on the moment, the body or a token that is refreshed, and so happens at send time;
+    else `headers` is all there is. exchange: how a token is had first, in the form of a file's "exchange".
+    """
+
+    name = "none"
+    summary = "no authorization"
+    needs: Tuple[str, ...] = ()
+    options: Dict[str, str] = {}
+    per_request = False
+    exchange: Optional["TokenExchange"] = None
+
+    def __init__(self, secrets: Secrets) -> None:
+        self.secrets = secrets
+        self.explaining = True  # whether `sign` says its steps; a run that measures switches it off
+        missing = [name for name in self.needs if not getattr(secrets, name)]
+        if missing:
+            flags = {"token": "--token", "key": "--auth-key", "secret": "--auth-secret"}
+            raise UserError("--auth %s needs %s" % (self.name, " and ".join(flags[name] for name in missing)))
+
+    def option(self, name: str, default: str = "") -> str:
+        """An option's value."""
+        return self.secrets.options.get(name, default)
+
+    def renew(self, token: str) -> None:
+        """Takes a new token; from now on requests are signed with it."""
+        self.secrets = self.secrets._replace(token=token)
+
+    def headers(self) -> Headers:
+        """The headers that depend on the secrets alone."""
+        return []
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """The request as it is sent. headers: all of it; moment: s since 1970; nonce: 32 random hex digits."""
+        return Signed(target, with_headers(headers, self.headers()), [])
+
+    def shown(self, steps: Iterable[Tuple[str, str]]) -> List[Tuple[str, str]]:
+        """Steps as they may be shown; none where nobody looks."""
+        if not self.explaining:
+            return []
+        hidden = [self.secrets.secret, self.secrets.token]
+        hidden += [value for name, value in self.secrets.options.items() if is_secret_name(name)]
+        masked = []
+        for name, text in steps:
+            for word in hidden:
+                text = mask(text, word)  # noqa: PLW2901
+            masked.append((name, text))
+        return masked
+
+
+class Bearer(Auth):
+    """A token in the header Authorization."""
+
+    name = "bearer"
+    summary = "Authorization: Bearer and the token"
+    needs = ("token",)
+
+    def headers(self) -> Headers:
+        """The header with the token."""
+        return [bearer_header(self.secrets.token)]
+
+
+class ApiKey(Auth):
+    """A token in a header of its own."""
+
+    name = "api-key"
+    summary = "the token in a header of its own"
+    needs = ("token",)
+    options = {
+        "header": "the header's name: api-key (the default), x-api-key, x-goog-api-key, …",
+        "prefix": "what stands before the token",
+    }
+
+    def headers(self) -> Headers:
+        """The header with the token."""
+        return [(self.option("header", "api-key"), self.option("prefix") + self.secrets.token)]
+
+
+class Basic(Auth):
+    """User and password, as RFC 7617 has it."""
+
+    name = "basic"
+    summary = "Authorization: Basic with user (--auth-key) and password (--auth-secret)"
+    needs = ("key", "secret")
+
+    def headers(self) -> Headers:
+        """The header with user and password."""
+        return [basic_header(self.secrets.key + ":" + self.secrets.secret)]
+
+
+class BceV1(Auth):
+    """Baidu's bce-auth-v1: an HMAC over the request without its body, with a key bound to the time."""
+
+    name = "bce-v1"
+    summary = "Baidu: HMAC over method, path, query and headers"
+    needs = ("key", "secret")
+    options = {"expires": "seconds for which a signature holds (default 1800)", "signed": SIGNED_NAMES}
+    per_request = True
+    DEFAULT = ("host", "content-length", "content-type", "content-md5")  # and x-bce-*: what an empty list means
+
+    def __init__(self, secrets: Secrets) -> None:
+        super().__init__(secrets)
+        self._expires = read_positive(self.option("expires", "1800"), "expires")
+        self._names = names_in(self.option("signed", "host;x-bce-date"))
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """Adds x-bce-date and Authorization."""
+        when = format_time(moment, "iso")
+        headers = with_headers(headers, [("x-bce-date", when)])
+        names = [name.lower() for name, _ in headers]
+        chosen = self._names or [name for name in names if name in self.DEFAULT or name.startswith("x-bce-")]
+        pairs = [(name, value) for name, value in header_values(headers, chosen) if value]
+        path, _, query = target.partition("?")
+        canonical = "\n".join((
+            method,
+            canonical_path(path),
+            "&".join(sorted("%s=%s" % pair for pair in query_pairs(query, ("authorization",)))),
+            "\n".join(sorted(percent_encode(name) + ":" + percent_encode(value) for name, value in pairs)),
+        ))  # fmt: skip
+        prefix = "bce-auth-v1/%s/%s/%d" % (self.secrets.key, when, self._expires)
+        signature = hmac_of(self.signing_key(prefix), canonical).hex()
+        listed = ";".join(name for name, _ in pairs) if self._names else ""
+        value = "%s/%s/%s" % (prefix, listed, signature)
+        steps = [("canonical request", canonical), ("prefix", prefix), ("signature", signature)]
+        return Signed(target, with_headers(headers, [("Authorization", value)]), self.shown(steps))
+
+    def signing_key(self, prefix: str) -> str:
+        """The key as hex text, which is what the next HMAC takes."""
+        return hmac_of(self.secrets.secret, prefix).hex()
+
+
+def read_positive(text: str, name: str) -> int:
+    """A whole number above 0 of --auth-opt; raises UserError."""
+    if not re.match(r"^[1-9][0-9]{0,8}$", text):
+        raise UserError("--auth-opt %s needs a whole number above 0" % name)
+    return int(text)
+
+
+def canonical_request(method: str, path: str, query: str, pairs: Headers, body_hash: str) -> str:
+    """The form that TC3, Volcengine and Huawei share: the block of headers ends with a line feed of its own."""
+    lines = "".join("%s:%s\n" % pair for pair in pairs)
+    return "\n".join((method, path, query, lines, ";".join(name for name, _ in pairs), body_hash))
+
+
+class TC3(Auth):
+    """Tencent Cloud's TC3-HMAC-SHA256."""
+
+    name = "tc3"
+    summary = "Tencent Cloud: HMAC over headers and body"
+    needs = ("key", "secret")
+    options = {
+        "service": "default: the first part of the host name",
+        "action": "default ChatCompletions",
+        "version": "default 2023-09-01",
+        "region": "of the header X-TC-Region; by default there is none",
+        "session-token": "of temporary keys",
+        "signed": SIGNED_NAMES,
+    }
+    per_request = True
+
+    def __init__(self, secrets: Secrets) -> None:
+        super().__init__(secrets)
+        self._names = names_in(self.option("signed", "content-type;host;x-tc-action"))
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """Adds Authorization and the headers X-TC-…, each unless it is there."""
+        there = {name.lower() for name, _ in headers}
+        own = [("X-TC-Action", self.option("action", "ChatCompletions")),
+               ("X-TC-Version", self.option("version", "2023-09-01")), ("X-TC-Region", self.option("region")),
+               ("X-TC-Token", self.option("session-token"))]  # fmt: skip
+        headers = headers + [header for header in own if header[1] and header[0].lower() not in there]
+        stamp, date = format_time(moment, "epoch"), format_time(moment, "date")
+        headers = with_headers(headers, [("X-TC-Timestamp", stamp)])
+        pairs = [(name, value.lower()) for name, value in header_values(headers, self._names)]
+        canonical = canonical_request(method, "/", target.partition("?")[2], pairs, hash_of(body).hex())
+        service = self.option("service") or dict(header_values(headers, ["host"])).get("host", "").partition(".")[0]
+        scope = "%s/%s/tc3_request" % (date, service)
+        to_sign = "\n".join(("TC3-HMAC-SHA256", stamp, scope, hash_of(canonical).hex()))
+        signature = hmac_of(self.signing_key(date, service), to_sign).hex()
+        value = "TC3-HMAC-SHA256 Credential=%s/%s, SignedHeaders=%s, Signature=%s" % (
+            self.secrets.key, scope, ";".join(name for name, _ in pairs), signature)  # fmt: skip
+        steps = [("canonical request", canonical), ("string to sign", to_sign), ("signature", signature)]
+        return Signed(target, with_headers(headers, [("Authorization", value)]), self.shown(steps))
+
+    def signing_key(self, date: str, service: str) -> bytes:
+        """The key bound to date and service."""
+        return key_chain("TC3" + self.secrets.secret, date, service, "tc3_request")
+
+
+class VolcV4(Auth):
+    """Volcengine's HMAC-SHA256, AWS's version 4 under other names and without a prefix to the secret."""
+
+    name = "volc-v4"
+    summary = "Volcengine: HMAC over path, query, headers and body"
+    needs = ("key", "secret")
+    options = {
+        "region": "default cn-beijing", "service": "default ark", "session-token": "of temporary keys",
+        "signed": SIGNED_NAMES,
+    }  # fmt: skip
+    per_request = True
+
+    def __init__(self, secrets: Secrets) -> None:
+        super().__init__(secrets)
+        default = "content-type;host;x-content-sha256;x-date;x-security-token"
+        self._names = names_in(self.option("signed", default))
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """Adds X-Date, X-Content-Sha256 and Authorization."""
+        when, date = format_time(moment, "iso_basic"), format_time(moment, "date_basic")
+        body_hash = hash_of(body).hex()
+        own = [("X-Date", when), ("X-Content-Sha256", body_hash), ("X-Security-Token", self.option("session-token"))]
+        headers = with_headers(headers, [header for header in own if header[1]])
+        pairs = header_values(headers, self._names)
+        path, _, query = target.partition("?")
+        canonical = canonical_request(method, canonical_path(path) or "/", canonical_query(query), pairs, body_hash)
+        region, service = self.option("region", "cn-beijing"), self.option("service", "ark")
+        scope = "/".join((date, region, service, "request"))
+        to_sign = "\n".join(("HMAC-SHA256", when, scope, hash_of(canonical).hex()))
+        signature = hmac_of(self.signing_key(date, region, service), to_sign).hex()
+        value = "HMAC-SHA256 Credential=%s/%s, SignedHeaders=%s, Signature=%s" % (
+            self.secrets.key, scope, ";".join(name for name, _ in pairs), signature)  # fmt: skip
+        steps = [("canonical request", canonical), ("string to sign", to_sign), ("signature", signature)]
+        return Signed(target, with_headers(headers, [("Authorization", value)]), self.shown(steps))
+
+    def signing_key(self, date: str, region: str, service: str) -> bytes:
+        """The key bound to date, region and service. The secret looks like base64 and is taken as it is written."""
+        return key_chain(self.secrets.secret, date, region, service, "request")
+
+
+class HuaweiSDK(Auth):
+    """Huawei Cloud's SDK-HMAC-SHA256."""
+
+    name = "huawei-sdk"
+    summary = "Huawei Cloud: HMAC over path, query, headers and body"
+    needs = ("key", "secret")
+    options = {"signed": SIGNED_NAMES, "session-token": "of temporary keys"}
+    per_request = True
+
+    def __init__(self, secrets: Secrets) -> None:
+        super().__init__(secrets)
+        self._names = names_in(self.option("signed", "content-type;host;x-sdk-date;x-security-token"))
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """Adds X-Sdk-Date and Authorization. A header X-Sdk-Content-Sha256 that is sent stands for the body's hash."""
+        when = format_time(moment, "iso_basic")
+        own = [("X-Sdk-Date", when), ("X-Security-Token", self.option("session-token"))]
+        headers = with_headers(headers, [header for header in own if header[1]])
+        pairs = header_values(headers, self._names)
+        body_hash = dict(header_values(headers, ["x-sdk-content-sha256"])).get("x-sdk-content-sha256")
+        path, _, query = target.partition("?")
+        canonical = canonical_request(
+            method, canonical_path(path, True), canonical_query(query), pairs, body_hash or hash_of(body).hex()
+        )
+        to_sign = "\n".join(("SDK-HMAC-SHA256", when, hash_of(canonical).hex()))
+        signature = hmac_of(self.secrets.secret, to_sign).hex()
+        value = "SDK-HMAC-SHA256 Access=%s, SignedHeaders=%s, Signature=%s" % (
+            self.secrets.key, ";".join(name for name, _ in pairs), signature)  # fmt: skip
+        steps = [("canonical request", canonical), ("string to sign", to_sign), ("signature", signature)]
+        return Signed(target, with_headers(headers, [("Authorization", value)]), self.shown(steps))
+
+
+class ZhipuJWT(Auth):
+    """Zhipu's token that the client makes itself of `id.secret`; its times are in milliseconds."""
+
+    name = "zhipu-jwt"
+    summary = "Zhipu: a short-lived token made of --token id.secret"
+    needs = ("token",)
+    options = {"lifetime": "seconds for which a token holds (default 210)"}
+    per_request = True
+    HEADER = '{"alg":"HS256","sign_type":"SIGN"}'
+
+    def __init__(self, secrets: Secrets) -> None:
+        if not secrets.token and secrets.key and secrets.secret:
+            secrets = secrets._replace(token=secrets.key + "." + secrets.secret)
+        super().__init__(secrets)
+        self.renew(self.secrets.token)
+        self._lifetime = read_positive(self.option("lifetime", "210"), "lifetime")
+
+    def renew(self, token: str) -> None:
+        """Takes a new key; raises UserError for one of another form."""
+        self._id, _, self._secret = token.partition(".")
+        if not self._id or not self._secret:
+            raise UserError("--auth zhipu-jwt needs a --token of the form id.secret")
+        super().renew(token)
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """Adds Authorization."""
+        made = round(moment * 1000)
+        payload = json_of(api_key=self._id, exp=made + self._lifetime * 1000, timestamp=made)
+        text = ".".join(str(OUTPUTS["b64url"](octets(part))) for part in (self.HEADER, payload))
+        token = text + "." + str(OUTPUTS["b64url"](hmac_of(self._secret, text)))
+        steps = [("header", self.HEADER), ("payload", payload)]
+        return Signed(target, with_headers(headers, [bearer_header(token)]), self.shown(steps))
+
+
+class Steps(Auth):
+    """The steps that a file declares, around another scheme.
+
+    A scheme that depends on the secrets alone has its headers in the request before the steps; one that signs does
+    so after them, over what they have filled in.
+    """
+
+    per_request = True
+
+    def __init__(self, inner: Auth, pipeline: Pipeline) -> None:
+        super().__init__(inner.secrets)
+        self.name, self.exchange = inner.name, inner.exchange
+        self.inner = inner
+        self.pipeline = pipeline
+
+    def renew(self, token: str) -> None:
+        """Takes a new token."""
+        super().renew(token)
+        self.inner.renew(token)
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """The request with the values of the steps in it."""
+        signed = Signed(target, headers, [])
+        if not self.inner.per_request:
+            signed = self.inner.sign(method, target, headers, body, moment, nonce)
+        subject = Subject(self.secrets, method, signed.target, signed.headers, body, moment, nonce)
+        shown = self.pipeline.run(subject)
+        signed = Signed(subject.target, subject.headers, self.shown(self._readable(shown)))
+        if self.inner.per_request:
+            outer = self.inner.sign(method, signed.target, signed.headers, body, moment, nonce)
+            signed = outer._replace(steps=signed.steps + outer.steps)
+        return signed
+
+    @staticmethod
+    def _readable(shown: Sequence[Tuple[str, Value, bool]]) -> Iterator[Tuple[str, str]]:
+        """Steps as text: secrets as ***, bytes that are not text as hex."""
+        for name, value, hidden in shown:
+            try:
+                text = value.decode("utf-8") if isinstance(value, bytes) else value
+            except UnicodeDecodeError:
+                text = octets(value).hex()
+            yield name, "***" if hidden else text
+
+
+class HmacAuth(Steps):
+    """The usual HMAC of time, nonce and body, with the parts and headers that the options name."""
+
+    name = "hmac"
+    summary = "HMAC of time, nonce and body in headers of your choice"
+    needs = ("secret",)
+    options = {
+        "parts": "what is signed, in order, of key, time, nonce, method, path, query, target, host, body, body-hash "
+                 "and 'text' (default time,nonce,body-hash)",
+        "separator": r"between the parts (default \n)",
+        "hash": "sha256 (the default), sha1, sha512, md5, sm3",
+        "encoding": "hex (the default), HEX, b64, b64url",
+        "time": "epoch (s, the default), epoch_ms, iso, iso_basic, rfc1123, compact, or a form of strftime's",
+        "key-header": "default X-Access-Key; an empty name leaves a header out",
+        "time-header": "default X-Timestamp",
+        "nonce-header": "default X-Nonce",
+        "signature-header": "default X-Signature",
+        "signature-format": "the signature header's value (default ${signature}); also ${key}, ${time}, ${nonce}",
+    }  # fmt: skip
+    PARTS = ("key", "time", "nonce", "method", "path", "query", "target", "host", "body", "body-hash")
+    HEADERS = (("key", "X-Access-Key"), ("time", "X-Timestamp"), ("nonce", "X-Nonce"), ("signature", "X-Signature"))
+
+    def __init__(self, secrets: Secrets) -> None:
+        options = secrets.options
+        try:
+            one_of(HASHES)(options.get("hash", "sha256"))
+        except ValueError as error:
+            raise UserError("--auth-opt hash %s" % error) from None
+        parts = [self._part(part) for part in options.get("parts", "time,nonce,body-hash").split(",")]
+        quoted = [quote_text(options[name]) if name in options else default for name, default in (
+            ("separator", "'\\n'"), ("hash", "'sha256'"), ("encoding", "'hex'"), ("time", "'epoch'"))]  # fmt: skip
+        separator, algorithm, encoding, form = quoted
+        steps = [
+            {"set": "stamp", "to": "time(%s)" % form},
+            {"set": "body_hash", "to": "%s(body)" % options.get("hash", "sha256")},
+            {"set": "signature", "to": "hmac(secret, join(%s, %s), %s, %s)"
+                                       % (separator, ", ".join(parts), algorithm, encoding)},
+        ]  # fmt: skip
+        super().__init__(Auth(secrets), Pipeline(steps, "--auth hmac"))
+        self.name = "hmac"
+        values = {"key": "${key}" if secrets.key else "", "time": "${stamp}", "nonce": "${nonce}"}
+        form = options.get("signature-format", "${signature}")
+        values["signature"] = form.replace("${time}", "${stamp}")
+        named = ((options.get(what + "-header", default), values[what]) for what, default in self.HEADERS)
+        self._added = [(name, value) for name, value in named if name and value]
+
+    def _part(self, part: str) -> str:
+        part = part.strip()
+        if re.match(r"^'[^']*'$", part):
+            return quote_text(part[1:-1])
+        if part not in self.PARTS:
+            raise UserError("--auth-opt parts: %r is none of %s, or 'text'%s"
+                            % (part, ", ".join(self.PARTS), nearest(part, self.PARTS)))  # fmt: skip
+        return {"time": "stamp", "body-hash": "body_hash"}.get(part, part)
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """Adds the headers that the options name."""
+        return super().sign(method, target, with_headers(headers, self._added), body, moment, nonce)
+
+
+def quote_text(text: str) -> str:
+    r"""A text of an option in the quotes of a step's expression; \n and \t in it mean what they mean there."""
+    return "'%s'" % text.replace("'", "\\'")
+
+
+# A token that must be asked for first.
+
+
+class Grant(NamedTuple):
+    """A token, and when it ends in s since 1970, where that is known."""
+
+    token: str
+    expires: Optional[float] = None
+
+
+class TokenQuestion(NamedTuple):
+    """The request that brings a token: where it goes, and what it says."""
+
+    url: str
+    method: str
+    headers: Headers
+    body: bytes
+
+
+EXCHANGE_KEYS = ("url", "method", "headers", "body", "form", "auth", "auth_options", "token", "expires_in")
+
+
+class TokenExchange:
+    """How a token is asked for and read from the answer, in the form of a file's "exchange"; raises UserError.
+
+    url, headers, form and the texts in body may hold ${key}, ${secret} and ${option:NAME}; auth: the scheme that signs
+    the question; token: the path to it in the answer, or header:NAME; expires_in: the path to seconds, to a moment in s
+    or ms since 1970 or in ISO 8601, or seconds as a number.
+    """
+
+    def __init__(self, form: Mapping[str, Any], secrets: Secrets, where: str) -> None:
+        if not isinstance(form, dict):
+            raise UserError("%s: exchange must be an object" % where)
+        for key in form:
+            if key not in EXCHANGE_KEYS:
+                raise UserError("%s: exchange has an unknown key %r%s" % (where, key, nearest(key, EXCHANGE_KEYS)))
+        self._where, self._form, self._secrets = where, form, secrets
+        for key, kind, said in (("url", str, "a text"), ("method", str, "a text"), ("headers", dict, "an object"),
+                                ("form", dict, "an object"), ("token", str, "a path or header:NAME"),
+                                ("expires_in", (str, int, float), "a path or seconds")):  # fmt: skip
+            if key in form and not isinstance(form[key], kind):
+                raise UserError("%s: exchange.%s must be %s" % (where, key, said))
+        url, other = form.get("url", ""), secrets.options.get("exchange-url")
+        if other:  # the query says what is asked, which doesn't change with the address
+            url = other if "?" in other else other + "".join(url.partition("?")[1:])
+        if not re.match(r"^https?://[^/?#@]+([/?].*)?\Z", url):
+            raise UserError("%s: exchange needs a url with http:// or https://, a host and no password" % where)
+        if "body" in form and "form" in form:
+            raise UserError("%s: exchange takes body or form, not both" % where)
+        if not form.get("token"):
+            raise UserError("%s: exchange needs token: where the answer holds it" % where)
+        parts = urlsplit(url)
+        self._url = url if parts.path else urllib.parse.urlunsplit(parts._replace(path="/"))
+        self._values = {"key": secrets.key, "secret": secrets.secret}
+        self._values.update(("option:" + name, value) for name, value in secrets.options.items())
+        name = form.get("auth", "none")
+        if name not in AUTHS or issubclass(AUTHS[name], Exchanging):
+            raise UserError("%s: exchange.auth %r is unknown%s" % (where, name, nearest(str(name), AUTHS)))
+        self._auth = AUTHS[name](secrets._replace(options={**secrets.options, **form.get("auth_options", {})}))
+        self.question(0.0, "0" * 32)  # what can't be filled in is found now
+
+    def _filled(self, text: str, encode: bool = False) -> str:
+        def value(match: Match[str]) -> str:
+            if match[1] not in self._values:
+                raise UserError("%s: exchange: ${%s} is not known%s"
+                                % (self._where, match[1], nearest(match[1], self._values)))  # fmt: skip
+            known = self._values[match[1]]
+            return percent_encode(known) if encode else known
+
+        return PLACEHOLDER.sub(value, text)
+
+    def _tree(self, tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: self._tree(value) for key, value in tree.items()}
+        if isinstance(tree, list):
+            return [self._tree(value) for value in tree]
+        return self._filled(tree) if isinstance(tree, str) else tree
+
+    def question(self, moment: float, nonce: str) -> TokenQuestion:
+        """The request to send now."""
+        form = self._form
+        url, method = self._filled(self._url, True), form.get("method", "POST").upper()
+        parts, body, kind = urlsplit(url), b"", ""
+        if "body" in form:
+            kind, tree = "application/json", self._tree(form["body"])
+            body = json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        elif "form" in form:
+            fields = form["form"].items()
+            pairs = (percent_encode(name) + "=" + self._filled(str(value), True) for name, value in fields)
+            body, kind = "&".join(pairs).encode("ascii"), "application/x-www-form-urlencoded"
+        headers = [
+            ("Host", parts.netloc), ("User-Agent", "llmbench/" + __version__), ("Accept", "application/json"),
+            ("Accept-Encoding", "identity"), ("Connection", "close"),
+        ]  # fmt: skip
+        headers += [("Content-Type", kind)] * bool(kind)
+        headers += [("Content-Length", str(len(body)))] * (method != "GET" or bool(body))
+        own = [(str(name), self._filled(str(value))) for name, value in form.get("headers", {}).items()]
+        target = parts.path + ("?" + parts.query if parts.query else "")
+        signed = self._auth.sign(method, target, with_headers(headers, own), body, moment, nonce)
+        origin = "%s://%s" % (parts.scheme, parts.netloc)
+        return TokenQuestion(origin + signed.target, method, signed.headers, body)
+
+    def read(self, status: int, headers: Mapping[str, str], body: bytes, moment: float) -> Grant:
+        """The token of an answer; raises ValueError, whose text may quote the answer."""
+        try:
+            tree = json.loads(body.decode("utf-8"))
+        except (ValueError, RecursionError):
+            tree = None
+        said = body[:200].decode("utf-8", "replace").strip()
+        if not 200 <= status < 300:
+            raise ValueError("HTTP %d%s" % (status, ": " + said if said else ""))
+        where = self._form["token"]
+        if where.startswith("header:"):
+            token: Any = headers.get(where[7:].strip().lower())
+        else:
+            token = value_at(tree, where)
+        if not isinstance(token, str) or not token.strip() or CONTROL.search(token.strip()):
+            raise ValueError("its answer (HTTP %d) holds no token at %s: %s" % (status, where, said))
+        return Grant(token.strip(), self._expiry(tree, moment))
+
+    def _expiry(self, tree: Any, moment: float) -> Optional[float]:
+        wanted = self._form.get("expires_in")
+        value = value_at(tree, wanted) if isinstance(wanted, str) else wanted
+        if isinstance(value, str) and "T" in value:
+            with contextlib.suppress(ValueError):
+                return read_iso(value)
+        try:
+            seconds = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            return None
+        if not 0.0 < seconds < 1e15:
+            return None
+        if seconds < 1e9:  # 31 years: a span; what is more is a moment
+            return moment + seconds
+        return seconds / 1000.0 if seconds > 1e11 else seconds
+
+
+def value_at(tree: Any, path: str) -> Any:
+    """What a dotted path of keys and list indexes leads to in a JSON tree; None where it leads nowhere."""
+    for part in path.split("."):
+        if isinstance(tree, dict):
+            tree = tree.get(part)
+        elif isinstance(tree, list) and re.match(r"^-?[0-9]{1,6}$", part) and -len(tree) <= int(part) < len(tree):
+            tree = tree[int(part)]
+        else:
+            return None
+    return tree
+
+
+def read_iso(text: str) -> float:
+    """Seconds since 1970 of an ISO 8601 time in UTC; raises ValueError."""
+    whole = re.split(r"[.Z+]", text)[0]
+    when = datetime.datetime.strptime(whole, "%Y-%m-%dT%H:%M:%S")
+    return when.replace(tzinfo=datetime.timezone.utc).timestamp()
+
+
+def jwt_expiry(token: str) -> Optional[float]:
+    """When a JWT ends, in s since 1970; None for a token that is no JWT or does not say."""
+    parts = token.split(".")
+    if len(parts) != 3:
+        return None
+    try:
+        expiry = json.loads(decode_base64(parts[1]).decode("utf-8"))["exp"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return float(expiry) if isinstance(expiry, (int, float)) and not isinstance(expiry, bool) and expiry > 0 else None
+
+
+class Exchanging(Auth):
+    """A scheme whose token must be asked for first; `form` says how."""
+
+    per_request = True
+
+    def form(self) -> Dict[str, Any]:
+        """The exchange, as a file would declare it."""
+        raise NotImplementedError
+
+
+class BaiduOAuth(Exchanging):
+    """Baidu's access token, in the query of each request."""
+
+    name = "baidu-oauth"
+    summary = "Baidu: an access token for API key and secret key, in the query"
+    needs = ("key", "secret")
+
+    def form(self) -> Dict[str, Any]:
+        """The exchange; it lives for 30 days."""
+        query = "?grant_type=client_credentials&client_id=${key}&client_secret=${secret}"
+        url = "https://aip.baidubce.com/oauth/2.0/token" + query
+        return {"url": url, "token": "access_token", "expires_in": "expires_in"}
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """Adds access_token to the query."""
+        token = "access_token=" + percent_encode(self.secrets.token)
+        return Signed(target + ("&" if "?" in target else "?") + token, headers, [])
+
+
+class ArkApiKey(Exchanging):
+    """A temporary key of Volcengine's Ark, which access key and secret key sign for."""
+
+    name = "ark-api-key"
+    summary = "Volcengine Ark: a temporary key for access key and secret key, then bearer"
+    needs = ("key", "secret")
+    options = {
+        "endpoint-id": "the endpoint ep-… that the key is for (default: --model)",
+        "duration": "seconds for which the key is asked for (default 2592000)",
+        "region": "default cn-beijing", "session-token": "of temporary keys",
+    }  # fmt: skip
+
+    def form(self) -> Dict[str, Any]:
+        """The exchange, of the control plane."""
+        endpoint, duration = self.option("endpoint-id"), read_positive(self.option("duration", "2592000"), "duration")
+        if not endpoint:
+            raise UserError("--auth ark-api-key needs --model ep-…, or --auth-opt endpoint-id=ep-…")
+        return {
+            "url": "https://open.volcengineapi.com/?Action=GetApiKey&Version=2024-01-01", "auth": "volc-v4",
+            "body": {"DurationSeconds": duration, "ResourceType": "endpoint", "ResourceIds": [endpoint]},
+            "auth_options": {"service": "ark"}, "token": "Result.ApiKey", "expires_in": duration,
+        }  # fmt: skip
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """Adds Authorization with the key."""
+        return Signed(target, with_headers(headers, [bearer_header(self.secrets.token)]), [])
+
+
+class HuaweiIAM(Exchanging):
+    """Huawei Cloud's IAM token of a user, in the header X-Auth-Token."""
+
+    name = "huawei-iam"
+    summary = "Huawei Cloud: an IAM token for user (--auth-key) and password (--auth-secret)"
+    needs = ("key", "secret")
+    options = {
+        "domain": "the account that the user belongs to", "region": "default cn-north-4",
+        "project": "the project's name (default: the region)",
+    }  # fmt: skip
+
+    def form(self) -> Dict[str, Any]:
+        """The exchange; a token lives for 24 hours."""
+        if not self.option("domain"):
+            raise UserError("--auth huawei-iam needs --auth-opt domain=ACCOUNT")
+        region = self.option("region", "cn-north-4")
+        if not re.match(r"^[a-z0-9-]+$", region):
+            raise UserError("--auth-opt region must be a name such as cn-north-4")
+        user = {"name": "${key}", "password": "${secret}", "domain": {"name": self.option("domain")}}
+        return {
+            "url": "https://iam.%s.myhuaweicloud.com/v3/auth/tokens" % region,
+            "body": {"auth": {
+                "identity": {"methods": ["password"], "password": {"user": user}},
+                "scope": {"project": {"name": self.option("project", region)}},
+            }},
+            "token": "header:X-Subject-Token", "expires_in": "token.expires_at",
+        }  # fmt: skip
+
+    def sign(self, method: str, target: str, headers: Headers, body: bytes, moment: float, nonce: str) -> Signed:
+        """Adds X-Auth-Token."""
+        return Signed(target, with_headers(headers, [("X-Auth-Token", self.secrets.token)]), [])
+
+
+AUTHS: Dict[str, Type[Auth]] = {
+    scheme.name: scheme for scheme in (
+        Bearer, ApiKey, Basic, Auth, BceV1, TC3, VolcV4, HuaweiSDK, ZhipuJWT, HmacAuth, BaiduOAuth, ArkApiKey, HuaweiIAM
+    )
+}  # fmt: skip
+COMMON_OPTIONS = {
+    "refresh": "ask for the token again after this time, such as 50m",
+    "exchange-url": "where the token is asked for, instead of the vendor's own address",
+}
+
+
+NOT_YET = "***"  # stands for a token that has not been asked for
+SIGNED_ALONE = ("authorization", "x-auth-token")  # headers that a signature must have for itself
+
+
+def make_auth(config: Config, provider: Any) -> Auth:
+    """The scheme of a run: --auth, or the provider's own; raises UserError for what is missing or unknown.
+
+    provider: its `auth` (a name), `auth_options`, `option_names` (more names that --auth-opt may have) and `exchange`.
+    """
+    name = config.auth or provider.auth
+    if name not in AUTHS:
+        raise UserError("--auth %s is unknown%s; it is one of %s" % (name, nearest(name, AUTHS), ", ".join(AUTHS)))
+    scheme, secrets = AUTHS[name], secrets_for(config, name, provider)
+    missing = [need for need in scheme.needs if not getattr(secrets, need)]
+    if config.auth is None and missing and not provider.exchange:
+        if not (config.auth_key or config.auth_secret or "token" in config.given):
+            return Auth(secrets)  # the endpoint may need none: one in a test, or behind a gateway
+        if "token" in scheme.needs and not config.token:
+            raise UserError("--auth-key and --auth-secret need a scheme here; name it with --auth")
+    asks = bool(provider.exchange) or issubclass(scheme, Exchanging)
+    auth = scheme(secrets._replace(token=NOT_YET) if asks else secrets)
+    if asks:
+        form = auth.form() if isinstance(auth, Exchanging) else provider.exchange
+        where = provider.name if form is provider.exchange else "--auth " + name
+        auth.exchange = TokenExchange(form, secrets, where)
+    auth.per_request = auth.per_request or is_renewed(config, auth)
+    if auth.per_request and not isinstance(auth, Steps):
+        for line in config.header:
+            if line.partition(":")[0].strip().lower() in SIGNED_ALONE:
+                raise UserError("--header %s and --auth %s exclude each other; leave one out"
+                                % (line.partition(":")[0].strip(), name))  # fmt: skip
+    return auth
+
+
+def secrets_for(config: Config, name: str, provider: Any) -> Secrets:
+    """What a configuration gives a scheme; raises UserError for an option that nobody knows."""
+    scheme = AUTHS[name]
+    known = {**scheme.options, **COMMON_OPTIONS, **dict.fromkeys([*provider.auth_options, *provider.option_names])}
+    for option in config.auth_opt:
+        if option not in known:
+            raise UserError("--auth-opt %s is no option of %s%s; it takes %s"
+                            % (option, name, nearest(option, known), ", ".join(known)))  # fmt: skip
+    options = {**provider.auth_options, **config.auth_opt}
+    if "endpoint-id" in scheme.options and config.model:
+        options.setdefault("endpoint-id", config.model)
+    key, secret = config.auth_key, config.auth_secret
+    if name == "basic" and not (key or secret):
+        user, _, password = config.token.partition(":")
+        key, secret = (user, password) if password else userinfo_of(config.url)
+    return Secrets(key, secret, config.token, options)
+
+
+def userinfo_of(url: str) -> Tuple[str, str]:
+    """User and password that a URL names."""
+    parts = urlsplit(url)
+    return unquote(parts.username or ""), unquote(parts.password or "")
+
+
+def is_renewed(config: Config, auth: Auth) -> bool:
+    """Whether a run's token is asked for again before it ends; raises UserError for a refresh of what can't be."""
+    asked = "refresh" in config.auth_opt
+    if asked:
+        refresh_seconds(config)
+    if auth.exchange is not None:
+        return True
+    if config.token_source and "token" in auth.needs:
+        return asked or jwt_expiry(config.token) is not None
+    if asked:
+        raise UserError("--auth-opt refresh needs a token to ask for again: --token cmd:COMMAND or file:PATH")
+    return False
+
+
+def refresh_seconds(config: Config) -> Optional[float]:
+    """The span of --auth-opt refresh; raises UserError."""
+    try:
+        return read_duration(config.auth_opt["refresh"]) if "refresh" in config.auth_opt else None
+    except ValueError as error:
+        raise UserError("--auth-opt refresh %s" % error) from None
 
 
 # ==================================================================================================
@@ -2382,10 +3165,15 @@ class Provider:
     path = "/v1/chat/completions"
     end_required = True
     events: Callable[[], Any] = SSEParser
+    auth: Any = "bearer"  # the default scheme's name; of an instance the `Auth` itself
+    auth_options: Dict[str, str] = {}
+    option_names: Sequence[str] = ()  # of --auth-opt, that it uses beside its scheme's
+    exchange: Optional[Mapping[str, Any]] = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.dialect = Dialect(config.max_tokens_field)
+        self.auth: Any = make_auth(config, self)
 
     def decoder(self) -> Decoder:
         """A fresh decoder for one request's stream."""
@@ -2409,12 +3197,18 @@ class Provider:
         return HTTPRequest(endpoint.target, replace_headers(headers, self.config.header), data)
 
     def authorization(self, endpoint: Endpoint) -> List[Tuple[str, str]]:
-        """The header that carries the token, or the URL's user:password as Basic."""
-        if self.config.token:
-            return [bearer_header(self.config.token)]
-        if endpoint.userinfo is not None:
+        """The headers of a scheme that depends on the secrets alone, or the URL's user:password as Basic."""
+        if self.auth.per_request:
+            return []
+        if endpoint.userinfo is not None and self.config.auth is None and self.auth.name == "none":
             return [basic_header(endpoint.userinfo)]
-        return []
+        return self.auth.headers()
+
+    def signed(self, request: HTTPRequest, moment: float, nonce: str, method: str = "POST") -> Signed:
+        """A request as it is sent at this moment (s since 1970), over the very bytes of its body."""
+        if not self.auth.per_request:
+            return Signed(request.target, request.headers, [])
+        return self.auth.sign(method, request.target, request.headers, request.body, moment, nonce)
 
     def body(self, prompt: Prompt, dialect: Dialect) -> Dict[str, Any]:
         """The request body as a JSON tree."""
@@ -12240,21 +13034,6 @@ def find_selftest(host: str) -> Optional[Dict[str, Any]]:
 
 UNCAPPED_STREAMS = 16384  # of an open loop: for so many the open-file limit is raised where that is allowed
 EXIT_OK, EXIT_GATE, EXIT_USAGE, EXIT_NO_SUCCESS, EXIT_CLIENT, EXIT_WRITE = 0, 1, 2, 3, 4, 5
-
-
-def read_duration(text: str) -> float:
-    """Seconds of `500ms`, `30s`, `5m`, `8h` or plain seconds; raises ValueError.
-
-    >>> [read_duration(text) for text in ("500ms", "1.5", "2m")]
-    [0.5, 1.5, 120.0]
-    """
-    match = re.match(r"^([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ms|s|m|h)?$", text.strip())
-    if not match:
-        raise ValueError("needs a duration such as 500ms, 30s, 5m or 8h")
-    seconds = float(match.group(1)) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}[match.group(2)]
-    if seconds <= 0:
-        raise ValueError("must be above 0")
-    return seconds
 
 
 def read_count(lowest: int) -> Callable[[str], int]:
