@@ -7129,6 +7129,7 @@ class Job(NamedTuple):
     payload: bytes
     in_bytes: int
     version: int
+    request: Optional[HTTPRequest] = None  # to be signed when it is sent; there is no payload then
 
 
 class Due(NamedTuple):
@@ -7189,6 +7190,7 @@ class Runner:
         self._ending = False  # what was in flight has been cancelled
         self.lags: Dict[int, int] = {}
         self.secrets = secrets_of(config, endpoint)
+        self._keeper: Optional[TokenKeeper] = None
         self._streams: List[Stream] = []
         self._finished: Deque[Tuple[Record, Optional[Attempt], float]] = collections.deque()  # not yet written
         self._wake: Optional[asyncio.Future] = None  # the writer waits for it
@@ -7243,7 +7245,7 @@ class Runner:
 
     def sample(self, stage: Stage) -> bytes:
         """The first request of a stage as it would be sent."""
-        return self._first_job(stage, Talk(0, 0, 1)).payload
+        return self._payload(self._first_job(stage, Talk(0, 0, 1)))
 
     async def ask(self, prompt: Prompt, name: str) -> Record:
         """Sends one prompt outside of any stage, as the run would, and gives its record, of phase `probe`."""
@@ -7631,8 +7633,24 @@ class Runner:
 
     def _make_job(self, sent: Prompt, request_id: str, dialect: Dialect) -> Job:
         request = self.provider.request(sent, self.endpoint, request_id, dialect)
+        if self.provider.auth.per_request:
+            return Job(sent, request_id, b"", len(request.body), dialect.version, request)
         payload = self.network.encode("POST", request.target, request.headers, request.body)
         return Job(sent, request_id, payload, len(request.body), dialect.version)
+
+    def _payload(self, job: Job) -> bytes:
+        """A job's bytes as they are sent now."""
+        return job.payload if job.request is None else sign_now(self.network, self.provider, job.request)
+
+    def keep_token(self, keeper: TokenKeeper) -> None:
+        """Masks each token that the keeper gets, and tells it when one is refused."""
+        self._keeper = keeper
+        self.provider.auth.explaining = False  # nobody looks
+        keeper.changed = self._learn_secrets
+        self._learn_secrets()
+
+    def _learn_secrets(self) -> None:
+        self.secrets = secrets_of(self.config, self.endpoint)
 
     def _new_record(self, request_id: str, prompt: Prompt, phase: str, stage: Stage) -> Record:
         return Record(request_id, prompt.id, phase, stage.index, self.config.shard, self.provider.name)
@@ -7689,7 +7707,7 @@ class Runner:
         stream.exchange = exchange
         if job.sent.turns:
             exchange.said = []
-        exchange.start = connection.send(job.payload, exchange)
+        exchange.start = connection.send(self._payload(job), exchange)
         watch = Watch(exchange)
         try:
             freed = await done
@@ -7865,7 +7883,10 @@ class Runner:
     def _watch_authorization(self, record: Record) -> None:
         if record.status != "auth_error":
             self._auth_failures = AUTH_FAILURES + 1 if record.status == "ok" else self._auth_failures
-        elif self._auth_failures <= AUTH_FAILURES and not self.stopping:
+            return
+        if self._keeper is not None:
+            self._keeper.refused()
+        if self._auth_failures <= AUTH_FAILURES and not self.stopping:
             self._auth_failures += 1
             if self._auth_failures == AUTH_FAILURES:
                 self.stop("auth: the endpoint refused the token %d times and accepted it never" % AUTH_FAILURES)
@@ -8026,13 +8047,19 @@ def secret_texts(tree: Any, secret: bool = False) -> Iterator[str]:
 
 
 def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
-    """Every text that must never be shown: the token, passwords of URL and proxy, values of headers that carry keys."""
-    secrets = [config.token]
+    """Every text that must never be shown: tokens, keys, passwords of URL and proxy, values of telling headers."""
+    secrets = [config.token, *config.fetched, config.auth_secret, config.auth_key]
+    secrets += [value for name, value in config.auth_opt.items() if is_secret_name(name)]
+    if config.auth_secret:
+        secrets.append(basic_header(config.auth_key + ":" + config.auth_secret)[1].split(" ")[1])
+    if config.auth == "basic" and config.token:
+        secrets += [config.token.partition(":")[2], basic_header(config.token)[1].split(" ")[1]]
+    if config.auth == "zhipu-jwt":
+        secrets.append(config.token.partition(".")[2])
     proxy = choose_route(endpoint, config, os.environ).proxy
     for userinfo in (endpoint.userinfo, proxy.userinfo if proxy is not None else None):
         if userinfo:
-            basic = base64.b64encode(userinfo.encode("utf-8")).decode("ascii")
-            secrets += [userinfo, userinfo.split(":", 1)[1], basic]
+            secrets += [userinfo, userinfo.split(":", 1)[1], basic_header(userinfo)[1].split(" ")[1]]
     for line in config.header:
         name, _, value = line.partition(":")
         if is_secret_name(name):
@@ -8041,6 +8068,191 @@ def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
     secrets += secret_texts(config.body)
     secrets = [spelling for secret in secrets for spelling in spellings(secret)]
     return sorted((secret for secret in secrets if len(secret) > 3), key=len, reverse=True)
+
+def read_secret(text: str, flag: str) -> str:
+    """A secret given as itself, env:NAME, file:PATH or cmd:COMMAND; raises UserError, which never shows it."""
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "env":
+        if not os.environ.get(rest):
+            raise UserError("%s env:%s: that variable is not set" % (flag, rest))
+        return os.environ[rest].strip()
+    if colon and kind == "file":
+        try:
+            with open(os.path.expanduser(rest), encoding="utf-8-sig") as file:
+                secret = file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                "%s file:%s cannot be read: %s" % (flag, rest, getattr(error, "strerror", None) or "not text")
+            ) from None
+        if not secret:
+            raise UserError("%s file:%s holds nothing" % (flag, rest))
+        return secret
+    if colon and kind == "cmd":
+        return secret_of_command(rest, flag)
+    return text.strip()
+
+
+def secret_of_command(command: str, flag: str) -> str:
+    """What a command prints on its first line."""
+    try:
+        answer = subprocess.run(command, shell=True, capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError("%s cmd: did not end within 60 s" % flag) from None
+    lines = answer.stdout.decode("utf-8", "replace").strip().split("\n")
+    if answer.returncode or not lines[0]:
+        raise UserError("%s cmd: ended with status %d and printed no secret" % (flag, answer.returncode))
+    return lines[0].strip()
+
+
+def in_thread(work: Callable[[], Any]) -> asyncio.Future:
+    """What `work` returns or raises, done in a thread that holds up neither the loop nor the exit."""
+    loop = asyncio.get_event_loop()
+    future = loop.create_future()
+
+    def settle(value: Any, error: Optional[BaseException]) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        value, failure = None, None  # type: Any, Optional[BaseException]
+        try:
+            value = work()
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, value, failure)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def random_nonce() -> str:
+    """32 random hex digits."""
+    return binascii.hexlify(os.urandom(16)).decode("ascii")
+
+
+def sign_now(network: Network, provider: Provider, request: HTTPRequest, method: str = "POST") -> bytes:
+    """A request's bytes as they go out this way, signed at this moment."""
+    signed = provider.signed(request, time.time(), random_nonce(), method)
+    return network.encode(method, signed.target, signed.headers, request.body)
+
+
+class TokenKeeper:
+    """Asks for a run's token where that must be done, and again before it ends, beside the requests.
+
+    A token that can't be had before the run is a UserError; one that can't be renewed is a note, and the old one is
+    used on. `changed` is called after each new token.
+    """
+
+    PATIENCE = 30.0  # s for an answer
+    RETRY = 10.0  # s between two tries
+    AHEAD = 300.0  # s before its end at which a token is renewed; of a short-lived one a fifth of its life
+
+    def __init__(self, config: Config, provider: Provider, endpoint: Endpoint, poll: Poll) -> None:
+        self.config = config
+        self.auth: Auth = provider.auth
+        self.grant = Grant(config.token, jwt_expiry(config.token))
+        self.notes: List[str] = []
+        self.changed: Callable[[], Any] = list  # does nothing
+        self._provider = provider
+        self._endpoint = endpoint
+        self._poll = poll
+        self._network: Optional[Network] = None
+        self._task: Optional[asyncio.Task] = None
+        self._refused: Optional[asyncio.Future] = None
+        self._asked = -math.inf
+
+    @property
+    def renews(self) -> bool:
+        """Whether there is a token to ask for again."""
+        return is_renewed(self.config, self.auth)
+
+    async def first(self) -> None:
+        """Asks for the token where that must be done; raises UserError when it can't be had."""
+        exchange = self.auth.exchange
+        if exchange is None:
+            return
+        where = urlsplit(exchange.question(0.0, "0" * 32).url).netloc
+        try:
+            self.adopt(await self._ask())
+        except (RequestError, ValueError) as error:
+            status = error.status + ": " if isinstance(error, RequestError) else ""
+            said = redact("%s%s" % (status, error), self._secrets())
+            raise UserError("--auth %s got no token from %s: %s" % (self.auth.name, where, said)) from None
+
+    def adopt(self, grant: Grant) -> None:
+        """Takes a token; from now on requests are signed with it. Raises ValueError for one that no header can hold."""
+        if CONTROL.search(grant.token) or not grant.token or not grant.token.isascii():
+            raise ValueError("the token holds a character that no header can carry")
+        self.auth.renew(grant.token)
+        self.grant = grant
+        if grant.token not in self.config.fetched and grant.token != self.config.token:
+            self.config.fetched.append(grant.token)
+        self.changed()
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begins to renew the token on this loop, where it ever needs that."""
+        if self.renews and self._task is None:
+            self._refused = loop.create_future()
+            self._task = loop.create_task(self._keep())
+
+    def stop(self) -> None:
+        """Ends that."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def refused(self) -> None:
+        """A request was refused: the token may have been withdrawn before its time."""
+        if self._refused is not None and not self._refused.done() and clock() - self._asked > self.RETRY:
+            self._refused.set_result(None)
+
+    def _delay(self) -> Optional[float]:
+        """Seconds until the token should be renewed; None: never."""
+        delays = [span for span in [refresh_seconds(self.config)] if span is not None]
+        if self.grant.expires is not None:
+            life = self.grant.expires - time.time()
+            delays.append(life - min(self.AHEAD, 0.2 * life) if life > 0 else self.RETRY)
+        return max(0.5, min(delays)) if delays else None
+
+    async def _keep(self) -> None:
+        delay = self._delay()
+        while True:
+            await asyncio.wait([self._refused], timeout=delay)  # type: ignore[list-item]
+            self._refused = asyncio.get_event_loop().create_future()
+            try:
+                self.adopt(await self._ask())
+                delay = self._delay()
+            except (RequestError, UserError, ValueError) as error:
+                note = "the token could not be renewed, and the old one is used on: %s" % error
+                note = redact(note, self._secrets())[:300]
+                if note not in self.notes:
+                    self.notes.append(note)
+                delay = self.RETRY
+
+    async def _ask(self) -> Grant:
+        self._asked = clock()
+        exchange, source = self.auth.exchange, self.config.token_source
+        if exchange is None:
+            text = await in_thread(lambda: read_secret(source, "--token"))
+            return Grant(text, jwt_expiry(text))
+        question = exchange.question(time.time(), random_nonce())
+        parts = urlsplit(question.url)
+        target = parts.path + ("?" + parts.query if parts.query else "")
+        if self._network is None:
+            endpoint = parse_url(question.url, self._provider)
+            # The way there is another: its own name in the certificate, its own proxy.
+            config = dataclasses.replace(self.config, url=question.url, server_name=None)
+            self._network = Network(endpoint, config, self._poll)
+        payload = self._network.encode(question.method, target, question.headers, question.body)
+        head, body = await fetch(self._network, payload, self.PATIENCE)
+        return exchange.read(head.status, head.headers, body, time.time())
+
+    def _secrets(self) -> List[str]:
+        return secrets_of(self.config, self._endpoint)
 
 
 # ==================================================================================================
@@ -8068,6 +8280,7 @@ class WorkerPlan(NamedTuple):
     zero: float
     open_sink: Callable[[], Any]  # gives an object with write(line) and close()
     shape: Optional[Shape] = None
+    grant: Optional[Grant] = None  # the token that the watching process asked for
 
 
 class Worker:
@@ -8091,6 +8304,11 @@ class Worker:
             plan.config, provider, endpoint, plan.prompts, plan.part, poll, sink.write, self._together, plan.shape
         )
         runner.zero = plan.zero
+        self._keeper = TokenKeeper(plan.config, provider, endpoint, poll)
+        if plan.grant is not None:
+            self._keeper.adopt(plan.grant)
+        runner.keep_token(self._keeper)
+        self._keeper.start(self._loop)
         # Batch systems and systemd send it to every process; it is also how multiprocessing ends a worker at its exit.
         self._loop.add_signal_handler(signal.SIGTERM, self._stop, "interrupted by SIGTERM", LINGER)
         self._loop.add_reader(self._pipe.fileno(), self._receive)
@@ -8099,11 +8317,12 @@ class Worker:
         try:
             self._loop.run_until_complete(self._run_stages())
             self._tell()
-            self._send("end", {"notes": provider.dialect.notes})
+            self._send("end", {"notes": provider.dialect.notes + self._keeper.notes})
         except WriteError as error:
             self._send("unwritten", str(error))
             self._send("end", {"notes": []})
         finally:
+            self._keeper.stop()
             sink.close()
 
     async def _run_stages(self) -> None:
@@ -11014,7 +11233,9 @@ def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[
 # zero, the --start-at that all hosts share, each on its own clock: how far these are apart is said, not corrected.
 
 SHARD = re.compile(r"^([0-9]{1,5})/([0-9]{1,5})$")
-PER_HOST = frozenset(("shard", "out", "token", "processes", "lang", "progress"))  # flags that hosts need not share
+AUTH_SETTINGS = ("auth_key", "auth_secret", "auth_opt", "token_source", "fetched")
+# What hosts need not share of the configuration.
+PER_HOST = frozenset(("shard", "out", "token", "processes", "lang", "progress", *AUTH_SETTINGS))
 ONE_RUN = ("tool_version", "provider", "model", "url")  # what else they share
 PAGE = 65536  # numbers in 8 KiB
 
@@ -11347,7 +11568,7 @@ def local_address(endpoint: Endpoint, config: Config) -> str:
         return ""
 
 
-NOT_SHOWN = frozenset(("token", "out", "run_id", "dry_run", "given"))  # of the configuration
+NOT_SHOWN = frozenset(("token", "out", "run_id", "dry_run", "given", "token_source", "fetched"))  # of the configuration
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
@@ -11370,7 +11591,11 @@ def make_header(
     shown["proxy"] = redact(config.proxy, secrets)
     shown["header"] = [redact(mask_header(line), secrets) for line in config.header]
     shown["body"] = mask_body(config.body, secrets)
-    shown["token"] = "***" if config.token else ""
+    for name in ("token", "auth_key", "auth_secret"):
+        shown[name] = "***" if getattr(config, name) else ""
+    shown["auth_opt"] = {
+        name: "***" if is_secret_name(name) else redact(value, secrets) for name, value in config.auth_opt.items()
+    }
     source = config.workload_file or "built-in"
     shown["prompts"] = {"source": source, "count": len(prompts), "digest": digest_of(prompts)}
     if not config.rps:
@@ -12859,8 +13084,9 @@ async def first_model(provider: Provider, endpoint: Endpoint, network: Network) 
                ("Accept-Encoding", "identity"), ("Connection", "close")]  # fmt: skip
     headers = replace_headers(headers + provider.authorization(endpoint), provider.config.header)
     target = provider.models_target(endpoint)
+    payload = sign_now(network, provider, HTTPRequest(target, headers, b""), "GET")
     try:
-        head, body = await fetch(network, network.encode("GET", target, headers), min(30.0, provider.config.timeout))
+        head, body = await fetch(network, payload, min(30.0, provider.config.timeout))
         if head.status == 407:
             raise refused_by_proxy(head, network.route.proxy)
     except RequestError as error:
@@ -13184,6 +13410,14 @@ def read_json_object(text: str) -> Dict[str, Any]:
     return tree
 
 
+def read_auth_option(text: str) -> Tuple[str, str]:
+    """NAME=VALUE of --auth-opt; raises ValueError, which doesn't show it."""
+    name, equals, value = text.partition("=")
+    if not equals or not re.match(r"^[A-Za-z][A-Za-z0-9_-]*\Z", name):
+        raise ValueError("needs NAME=VALUE, such as header=x-api-key")
+    return name, value
+
+
 class Flag(NamedTuple):
     """A flag of `run`: name, reader of its value (None: a switch), the value's name, its default as shown, meaning."""
 
@@ -13203,6 +13437,14 @@ RUN_FLAGS = (
     Flag("model", str, "NAME", "the first listed", "model to ask for; by default the first id that GET …/models lists"),
     Flag("token", str, "SECRET", "$LLMBENCH_TOKEN, then $OPENAI_API_KEY",
          "the secret itself, or env:NAME, file:PATH, cmd:COMMAND"),
+    Flag("auth", str, "SCHEME", "the provider's",
+         "how requests prove who asks: bearer, api-key, basic, none, a signature (bce-v1, tc3, volc-v4, huawei-sdk, "
+         "zhipu-jwt, hmac), or a token that is asked for first (baidu-oauth, ark-api-key, huawei-iam)"),
+    Flag("auth-key", str, "SECRET", "", "access key, user or client id of the scheme; as --token"),
+    Flag("auth-secret", str, "SECRET", "", "secret key or password of the scheme; as --token"),
+    Flag("auth-opt", read_auth_option, "NAME=VALUE", "",
+         "option of the scheme, such as header=x-api-key, service=hunyuan or refresh=50m; "
+         "one that holds a secret is read as --token is (repeat)", True),
     Flag("concurrency", read_counts, "N[,N…]", "1; no cap with --rps",
          "streams in flight, a list makes one stage each; with --rps the most requests that may be in flight"),
     Flag("rps", read_rates, "R[,R…]", "0",
@@ -13376,6 +13618,7 @@ def read_config(words: Sequence[str]) -> Config:
     if given.pop("no_unique", False):
         given["unique"] = False
     check_load(given)
+    read_secrets(given)
     config = Config(**given)
     config.given = tuple(name for name, value in given.items() if value not in (None, []))
     if config.find_max == "rps" and not config.rps:
@@ -13384,11 +13627,27 @@ def read_config(words: Sequence[str]) -> Config:
         config.concurrency = []  # no cap
     if "lang" not in given:
         config.lang = language_of_locale()
-    config.token = read_secret(given["token"], "--token") if "token" in given else default_token(config.url)
+    config.token = given["token"] if "token" in given else default_token(config.url)
     check_shard(config)
     alone = config.start_at is None
     config.run_id = binascii.hexlify(os.urandom(4)).decode("ascii") if alone else shared_run_id(config)
     return config
+
+
+def read_secrets(given: Dict[str, Any]) -> None:
+    """Puts the secrets that flags name in place of env:, file: and cmd:, and notes where the token came from."""
+    if re.match(r"^(file|cmd):", given.get("token", "")):
+        given["token_source"] = given["token"]
+    for name in ("token", "auth_key", "auth_secret"):
+        if name in given:
+            given[name] = read_secret(given[name], "--" + name.replace("_", "-"))
+    options: Dict[str, str] = {}
+    for name, value in given.get("auth_opt", ()):
+        if name in options:
+            raise UserError("--auth-opt %s is given twice; leave one out" % name)
+        options[name] = read_secret(value, "--auth-opt " + name) if is_secret_name(name) else value
+    if options:
+        given["auth_opt"] = options
 
 
 def check_load(given: Mapping[str, Any]) -> None:
@@ -13451,7 +13710,7 @@ def check_shard(config: Config) -> None:
 def shared_run_id(config: Config) -> str:
     """The run id that hosts agree on without talking: a hash of what they have in common."""
     own = ("shard", "out", "token", "processes", "run_id", "progress", "lang", "given", "proxy", "resolve",
-           "client_cert", "client_key")  # fmt: skip  # hosts may go different ways to one endpoint
+           "client_cert", "client_key", *AUTH_SETTINGS)  # fmt: skip  # hosts may go different ways to one endpoint
     common = {key: value for key, value in vars(config).items() if key not in own}
     return hashlib.sha256(json.dumps(common, sort_keys=True).encode("utf-8")).hexdigest()[:8]
 
@@ -13469,39 +13728,7 @@ def default_token(url: str) -> str:
     return (os.environ.get("LLMBENCH_TOKEN") or os.environ.get("OPENAI_API_KEY") or "").strip()
 
 
-def read_secret(text: str, flag: str) -> str:
-    """A secret given as itself, env:NAME, file:PATH or cmd:COMMAND; raises UserError, which never shows it."""
-    kind, colon, rest = text.partition(":")
-    if colon and kind == "env":
-        if not os.environ.get(rest):
-            raise UserError("%s env:%s: that variable is not set" % (flag, rest))
-        return os.environ[rest].strip()
-    if colon and kind == "file":
-        try:
-            with open(os.path.expanduser(rest), encoding="utf-8-sig") as file:
-                secret = file.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                "%s file:%s cannot be read: %s" % (flag, rest, getattr(error, "strerror", None) or "not text")
-            ) from None
-        if not secret:
-            raise UserError("%s file:%s holds nothing" % (flag, rest))
-        return secret
-    if colon and kind == "cmd":
-        return secret_of_command(rest, flag)
-    return text.strip()
-
-
-def secret_of_command(command: str, flag: str) -> str:
-    """What a command prints on its first line."""
-    try:
-        answer = subprocess.run(command, shell=True, capture_output=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        raise UserError("%s cmd: did not end within 60 s" % flag) from None
-    lines = answer.stdout.decode("utf-8", "replace").strip().split("\n")
-    if answer.returncode or not lines[0]:
-        raise UserError("%s cmd: ended with status %d and printed no secret" % (flag, answer.returncode))
-    return lines[0].strip()
+SECRET_FLAGS = ("token", "header", "auth-key", "auth-secret", "auth-opt", "proxy")
 
 
 def shown_command(words: Sequence[str]) -> str:
@@ -13514,24 +13741,24 @@ def shown_command(words: Sequence[str]) -> str:
         if secret:
             shown.append(masked_value(secret, word))
             secret = ""
-        elif bare in MASKED and equals:
+        elif bare in SECRET_FLAGS and equals:
             shown.append(name + "=" + masked_value(bare, value))
         else:
-            secret = bare if bare in MASKED else ""
+            secret = bare if bare in SECRET_FLAGS else ""
             shown.append(word)
     # Redacted before quoting: a quoted quote would end the pattern of a password.
     return " ".join(["llmbench.pyz", "run"] + [shlex.quote(redact(word)) for word in shown])
 
 
-MASKED = ("token", "header", "proxy")  # flags whose values may be shown in part
-
-
 def masked_value(flag: str, value: str) -> str:
-    """The value of one of these flags as it may be shown."""
+    """The value of one of SECRET_FLAGS as it may be shown."""
     if flag == "header":
         return mask_header(value)
     if flag == "proxy":
         return value if "@" not in value else "http://***@" + value.rpartition("@")[2]
+    name, equals, rest = value.partition("=")
+    if flag == "auth-opt" and equals:
+        return name + equals + (masked_value("", rest) if is_secret_name(name) else rest)
     return value if re.match(r"^(env|file|cmd):", value) else "***"
 
 
@@ -13561,7 +13788,8 @@ class Session:
         self.texts = load_texts(assets, config.lang)
         self.signal = 0
         self.loop, self.poll = new_loop()
-        self.keeper = wake_kernel_stamps()
+        self.keeper = TokenKeeper(config, self.provider, self.endpoint, self.poll)
+        self.stamps = wake_kernel_stamps()
 
     def run(self) -> int:
         """Measures, writes everything and returns the exit status."""
@@ -13570,6 +13798,8 @@ class Session:
             if config.dry_run:
                 return self._show_plan()
             network = Network(self.endpoint, config, self.poll)
+            self.loop.run_until_complete(self.keeper.first())
+            self._try_signing()
             if not config.model:
                 config.model = self.loop.run_until_complete(first_model(self.provider, self.endpoint, network))
             started = time.time()
@@ -13587,7 +13817,14 @@ class Session:
             raise
         finally:
             close_loop(self.loop)
-            self.keeper.close()
+            self.stamps.close()
+
+    def _try_signing(self) -> None:
+        """Signs a request that is not sent: what can't be signed is one line now, not a failure of each request."""
+        request_id, dialect = self.config.run_id + "-0", self.provider.dialect.copy()
+        prompt = Prompt(request_id, [{"role": "user", "content": "?"}])
+        request = self.provider.request(prompt, self.endpoint, request_id, dialect)
+        self.provider.signed(request, time.time(), random_nonce(), "POST")
 
     def _show_plan(self) -> int:
         """--dry-run."""
@@ -13633,7 +13870,7 @@ class Session:
         config = self.config
         asking = dataclasses.replace(config, output_tokens=None)
         provider = make_provider(asking)
-        provider.dialect = self.provider.dialect
+        provider.dialect, provider.auth = self.provider.dialect, self.provider.auth
         runner = Runner(asking, provider, self.endpoint, self.prompts, Part(), self.poll, sink)
         fit = fit_endpoint(
             config, self.workload, lambda prompt, name: self.loop.run_until_complete(runner.ask(prompt, name))
@@ -13685,6 +13922,8 @@ class Session:
                 self.config, self.provider, self.endpoint, self.prompts, part, self.poll, writer.write, None, self.shape
             )
             measuring.progress, measuring.zero = progress, self._zero()
+            measuring.keep_token(self.keeper)
+            self.keeper.start(self.loop)
             work = measuring.run(stages)
         else:
             measuring = Crew(self._worker_plans(directory), stages, progress)
@@ -13697,7 +13936,8 @@ class Session:
         with ProgressPrinter(self.config.progress, sys.stderr, progress, self.texts):
             self.loop.run_until_complete(work)
         end: Dict[str, Any] = {"reason": measuring.reason}
-        notes = measuring.notes if isinstance(measuring, Crew) else self.provider.dialect.notes
+        own = self.provider.dialect.notes + self.keeper.notes
+        notes = measuring.notes if isinstance(measuring, Crew) else own
         if notes:
             end["dialect"] = notes
         if isinstance(measuring, Crew) and measuring.lost:
@@ -13735,6 +13975,7 @@ class Session:
                 zero,
                 functools.partial(ResultsWriter, directory),
                 self.shape,
+                self.keeper.grant if self.keeper.renews else None,
             )
             for number in range(count)
         ]
@@ -13816,7 +14057,7 @@ def command_run(words: Sequence[str]) -> int:
         raise UserError(trouble)
     if not config.url.startswith("mock:"):
         session = Session(config, config.url, workload, assets, words)
-        warn_without_token(config, session.endpoint)
+        warn_without_token(config, session.endpoint, session.provider.auth)
         if session.route.proxy is not None and not config.proxy:
             told = (session.route.proxy.url, session.route.reason)
             warn("through the proxy %s (%s); --proxy none goes straight" % told)
@@ -13857,10 +14098,11 @@ def follow_trace(config: Config, workload: Workload) -> None:
         config.total_requests = len(workload.prompts)
 
 
-def warn_without_token(config: Config, endpoint: Endpoint) -> None:
+def warn_without_token(config: Config, endpoint: Endpoint, auth: Auth) -> None:
     """Says that requests go out without authorization, unless the endpoint is this host itself."""
     named = any(line.lower().startswith(("authorization:", "api-key:", "x-api-key:")) for line in config.header)
-    if not (config.token or endpoint.userinfo or named or is_loopback(endpoint.host)):
+    local = is_loopback(endpoint.host)
+    if auth.name == "none" and not (config.auth or endpoint.userinfo or named or local):
         warn("warning: no token; give --token or set LLMBENCH_TOKEN if the endpoint needs one")
 
 

@@ -106,7 +106,8 @@ def test_a_body_is_strict_json(text):
 # A value for each flag and the field of the configuration that it sets.
 SET_BY = {
     "url": ("http://h/v1", "http://h/v1"), "provider": ("openai2", "openai2"), "model": ("m", "m"),
-    "token": ("t0k", "t0k"),
+    "token": ("t0k", "t0k"), "auth": ("api-key", "api-key"), "auth-key": ("ak", "ak"), "auth-secret": ("sk", "sk"),
+    "auth-opt": ("header=x-api-key", {"header": "x-api-key"}),
     "slo": ("success>=99%", ["success>=99%"]), "find-max": ("concurrency", "concurrency"),
     "input-tokens": ("64,128", "64,128"), "prefix-tokens": ("50", 50), "timestamp-unit": ("s", "s"),
     "trace-speed": ("2", 2.0), "order": ("shuffled", "shuffled"), "turns": ("3", 3),

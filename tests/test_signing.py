@@ -9,7 +9,7 @@ import time
 import pytest
 
 import llmbench
-from llmbench import Secrets, UserError
+from llmbench import Secrets
 
 
 def at(text):

@@ -28,7 +28,7 @@ FENCES: dict[str, set[str]] = {
     "selectors": {"Connection", "Mock"},
     "multiprocessing": {"Processes", "Mock", "Commands"},
     "signal": {"Processes", "Mock", "Commands"},
-    "subprocess": {"Mock", "Check", "Commands"},
+    "subprocess": {"Runner", "Mock", "Check", "Commands"},  # Runner: the command that prints a token
     "argparse": {"Mock", "Commands"},
     "random": {"Workload", "Statistics", "Load", "Report", "Mock"},  # always seeded
     "time": {"Connection", "Runner", "Processes", "Artifacts", "Terminal", "Mock", "Check", "Commands"},
