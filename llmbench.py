@@ -48,6 +48,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import select
@@ -633,6 +634,87 @@ def parse_gates(texts: Sequence[str]) -> List[Gate]:
     if any(gate.metric == "goodput" for gate in gates) and not request_limits(gates):
         raise ValueError("needs, beside a goodput, a limit that one request can meet, such as ttft.p95<=800ms")
     return gates
+
+
+# What a change between two runs is held against. A figure can be compared where the requests behind it are known one by
+# one: gaps between chunks are kept as one histogram, and a minimum or maximum has no interval.
+SHARE_FIGURES = frozenset(("success_rate",))  # of 1: they change by points
+COMPARED_TIMES = tuple(name for name in GATE_TIMES if name != "itl") + ("request_tps",)
+COMPARED_STATS = ("p50", "p90", "p95", "p99", "mean")
+COMPARED_RATES = ("success", "throughput", "steady", "rps")
+CONDITION = re.compile(
+    r"(?ai)^\s*(?P<metric>[a-z_]+)\s*(?:\.\s*(?P<stat>[a-z0-9.]+))?\s*(?P<op><=|>=|<|>)\s*"
+    r"(?P<sign>[+\u2212-])\s*(?P<value>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<unit>%|[a-z]+(?:/s)?)?\s*$"
+)
+
+
+class Condition(NamedTuple):
+    """A change of one figure that fails a comparison: Condition("ttft.p95>+10%", "ttft", "p95", ">", 0.1, True).
+
+    The limit is a share of the first run's figure where `relative`, else in the summary's unit; of a success rate,
+    which is a share itself, % are points.
+    """
+
+    text: str
+    metric: str
+    stat: str
+    op: str
+    limit: float
+    relative: bool
+
+    @property
+    def figure(self) -> str:
+        """The summary's name of the metric: ttft is ttft_ms."""
+        return GATE_FIGURES.get(self.metric, self.metric)
+
+    def shown(self, low: float, high: float) -> bool:
+        """Whether all of an interval lies beyond the limit: its near end does."""
+        near = low if self.op.startswith(">") else high
+        return {"<=": near <= self.limit, "<": near < self.limit, ">=": near >= self.limit, ">": near > self.limit}[
+            self.op
+        ]
+
+
+def parse_condition(text: str) -> Condition:
+    """A change such as `ttft.p95>+10%`, `ttft.p95>+50ms` or `success<-1%`; raises ValueError, which says how.
+
+    >>> parse_condition("ttft.p95 > +0.05s").limit, parse_condition("success<-1%")[4:], parse_condition("rps<-5%").limit
+    (50.0, (-0.01, False), -0.05)
+    """
+    found = CONDITION.match(text)
+    if not found:
+        raise ValueError("needs METRIC.STAT, one of < <= > >= and a change with its sign, such as ttft.p95>+10%, "
+                         "ttft.p95>+50ms or success<-1%; a limit on the figure itself is a --slo of run")
+    metric, stat, unit = (str(found.group(name) or "").lower() for name in ("metric", "stat", "unit"))
+    if metric == "itl":
+        raise ValueError("has no interval on itl, whose gaps are kept as one histogram; take tpot")
+    if metric not in COMPARED_TIMES and metric not in COMPARED_RATES:
+        names = COMPARED_TIMES + COMPARED_RATES
+        raise ValueError("has an unknown metric, %s%s" % (
+            metric, nearest(metric, names) or "; one of %s" % ", ".join(names)))
+    timed = metric in COMPARED_TIMES
+    if timed and stat not in COMPARED_STATS:
+        words = (metric, metric, ", ".join(COMPARED_STATS))
+        raise ValueError("needs a statistic of %s that can have an interval: %s.p95, or one of %s" % words)
+    if not timed and stat:
+        raise ValueError("needs %s without a statistic: leave .%s out" % (metric, stat))
+    units = {**GATE_UNITS[metric], "%": 0.01}
+    if unit not in units:
+        wanted = " or ".join(name or "no unit" for name in units)
+        raise ValueError("needs a change of %s in %s, such as %s" % (metric, wanted, condition_example(metric)))
+    limit = round(float(found.group("value")) * units[unit], 10)
+    if not math.isfinite(limit):
+        raise ValueError("has a limit that no figure can have")
+    limit = limit if found.group("sign") == "+" else -limit
+    relative = unit == "%" and GATE_FIGURES.get(metric, metric) not in SHARE_FIGURES
+    return Condition(text.strip(), metric, stat, found.group("op"), limit, relative)
+
+
+def condition_example(metric: str) -> str:
+    """How a condition on this metric may look."""
+    if metric in COMPARED_TIMES:
+        return metric + (".p50<-10%" if metric == "request_tps" else ".p95>+10%")
+    return metric + ("<-1%" if metric == "success" else "<-5%")
 
 
 # Query parameters and headers whose values are never shown. A token inside a longer name counts too
@@ -5339,6 +5421,695 @@ def summarize(collector: Collector) -> Dict[str, Any]:
         summary["find_max"] = find_max(stages, config["find_max"], whole)
     summary["verdict"] = judge(summary, rows)
     return summary
+
+
+# Comparison. What of the difference between two runs is more than chance? Each figure has a `Chance`: the values that
+# it might as well have had, and how likely each was. Two of them together give the 95 % interval of the difference and
+# how likely a difference as large is where there is none. Nothing is drawn at random, so nothing depends on a seed:
+#
+# - A percentile's is the bootstrap distribution of an order statistic, in closed form (Maritz and Jarrett, 1978): the
+#   share of requests below it follows a Beta distribution, whatever the times are distributed like.
+# - A success rate's is a Beta distribution with Jeffreys' half request on either side.
+# - A throughput's or mean's is that of the rates in up to sixty equal blocks of time (or of requests, by start), which
+#   follows Student's t: a method that respects time, since neighbours in time are alike.
+#
+# Requests hang together: an endpoint is slow for a while. `inflation` is how many of them count as one, by how much
+# each resembles those after it (the integrated autocorrelation, cut off as Sokal proposed); a comparison takes the
+# larger of two runs', because bursts that only one of them met are what both might have met.
+#
+# Of twenty figures without a difference one is bound to lie outside its 95 % interval. So "better" or "worse" is only
+# said where the difference still stands when all figures of a comparison, of all its stages, are considered together
+# (Holm's correction at 5 %), and where it is at least 1 % and more than this client's own error. What the interval
+# can't know is what was different about the hour or the host: only repeated runs can tell.
+
+CHANCE_STEPS = 200
+ALIKE_CHUNKS = 512  # a longer series is cut into so many, so that its correlations cost no more
+SOKAL, LEAST_WINDOW = 5.0, 11  # lags that count: up to so many times the sum so far, which is 11 with those before
+TIME_BLOCKS, FEWEST_BLOCKS = 60, 8  # blocks of a rate: at most, and at least
+BLOCK_LATENCIES = 2.0  # how many mean latencies a block lasts, so that few requests lie in two
+INDEPENDENT, BEYOND = 20.0, 5.0  # requests' worth that a percentile needs in all, and beyond it
+CERTAIN = 0.05  # of all comparisons without any difference so many show one
+SMALLEST_CHANGE = 0.01  # a smaller change of a time or rate is not called one: two runs of one endpoint differ by it
+SMALLEST_MS = 0.1  # nor is one below what a client can tell apart
+
+
+class Chance(NamedTuple):
+    """What a figure might as well have been: possible values in order, and the likelihood of each; they sum to 1."""
+
+    values: Sequence[float]
+    weights: Sequence[float]
+
+
+def beta_chance(one: float, other: float, place: Callable[[float], float]) -> Chance:
+    """A Beta distribution (parameters of at least a half) of a share, each taken to its place by a growing function.
+
+    It is cut into equal steps of the share's arcsine, in which it is about equally wide everywhere.
+    """
+    middle, reach = math.asin(math.sqrt(one / (one + other))), 6.0 / math.sqrt(one + other)
+    low, high = max(0.0, middle - reach), min(math.pi / 2, middle + reach)
+    angles = [low + (high - low) * (step + 0.5) / CHANCE_STEPS for step in range(CHANCE_STEPS)]
+    heights = [
+        (2 * one - 1) * math.log(math.sin(angle)) + (2 * other - 1) * math.log(math.cos(angle)) for angle in angles
+    ]
+    top = max(heights)
+    weights = [math.exp(height - top) for height in heights]
+    total = math.fsum(weights)
+    return Chance([place(math.sin(angle) ** 2) for angle in angles], [weight / total for weight in weights])
+
+
+def percentile_chance(ordered: Sequence[float], share: float, independent: float) -> Chance:
+    """The bootstrap distribution of a percentile of sorted values that are worth so many independent ones."""
+    n = len(ordered)
+
+    def place(below: float) -> float:
+        return ordered[min(n - 1, int(below * n))]
+
+    return beta_chance((independent - 1) * share + 1, (independent - 1) * (1 - share) + 1, place)
+
+
+def mean_error(parts: Sequence[float]) -> Optional[float]:
+    """The standard error of a mean, as a share of it, from the values in blocks; None of fewer than eight."""
+    number = len(parts)
+    middle = math.fsum(parts) / number if number else 0.0
+    if number < FEWEST_BLOCKS or middle <= 0:
+        return None
+    variance = math.fsum((part - middle) ** 2 for part in parts) / (number - 1)
+    return math.sqrt(variance / number * inflation(parts)) / middle
+
+
+def mean_chance(mean: float, error: float, number: int) -> Chance:
+    """Student's t about a mean with this error, from so many blocks."""
+    if not error:
+        return Chance([mean], [1.0])
+    steps = [10.0 * (step + 0.5) / CHANCE_STEPS - 5.0 for step in range(CHANCE_STEPS)]  # sinh(5) is 74 errors
+    weights = [(1 + math.sinh(step) ** 2 / (number - 1)) ** (-number / 2) * math.cosh(step) for step in steps]
+    total = math.fsum(weights)
+    values = [max(0.0, mean + error * math.sinh(step)) for step in steps]  # neither a rate nor a time is below 0
+    return Chance(values, [weight / total for weight in weights])
+
+
+def inflation(series: Sequence[float]) -> float:
+    """How many members of a series in order of time count as one, because they resemble each other; at least 1."""
+    number = len(series)
+    mean = math.fsum(series) / number
+    rests = [value - mean for value in series]
+    square = math.fsum(rest * rest for rest in rests)
+    if square <= 1e-18 * mean * mean * number:
+        return 1.0
+    total, window = 1.0, 1
+    for lag in range(1, number // 3):
+        total += 2.0 * math.fsum(map(operator.mul, rests, rests[lag:])) / square
+        window += 2
+        if lag >= SOKAL * total:
+            break
+    total /= 1.0 - min(0.5, window / number)  # rests from the series' own mean resemble each other too little
+    unsure = math.sqrt(2.0 * window / number) - math.sqrt(2.0 * LEAST_WINDOW / number)  # beyond that of no resemblance
+    return max(1.0, total * (1.0 + max(0.0, unsure)))
+
+
+def chunk_means(series: Sequence[float], most: int) -> List[float]:
+    """A series in at most so many chunks of equal size, each by its mean; what is left at the end is in none."""
+    size = -(-len(series) // most) or 1
+    return [math.fsum(series[start : start + size]) / size for start in range(0, len(series) - size + 1, size)]
+
+
+def flags_inflation(flags: Sequence[int]) -> float:
+    """The inflation of yes and no, in order of time: over the mean of so many independent ones' variance."""
+    chunks = chunk_means(flags, ALIKE_CHUNKS)
+    if not chunks:
+        return 1.0
+    size, number = -(-len(flags) // ALIKE_CHUNKS) or 1, len(chunks)
+    share = math.fsum(chunks) / number
+    if not 0.0 < share < 1.0:
+        return 1.0
+    variance = math.fsum((chunk - share) ** 2 for chunk in chunks) / number
+    return max(1.0, inflation(chunks) * variance * size / (share * (1.0 - share)))
+
+
+def likelihood_below(first: Chance, second: Chance, moved: Callable[[float], float], equal: bool = True) -> float:
+    """How likely the second figure is at most what the first is moved to; `equal` False: less than it."""
+    sums = [0.0, *itertools.accumulate(second.weights)]
+    find = bisect.bisect_right if equal else bisect.bisect_left
+    return math.fsum(
+        weight * sums[find(second.values, moved(value))] for value, weight in zip(first.values, first.weights)
+    )
+
+
+def likely_change(first: Chance, second: Chance, relative: bool) -> Tuple[float, float]:
+    """The 95 % interval of the change from the first figure to the second, as a share of the first or as it is."""
+    if relative:
+        bounds = [-1.0, second.values[-1] / max(first.values[0], 0.001 * first.values[-1])]
+    else:
+        bounds = [second.values[0] - first.values[-1], second.values[-1] - first.values[0]]
+    ends = []
+    for likelihood in (0.025, 0.975):
+        low, high = bounds
+        for _ in range(36):  # halved so often it is exact to ten digits
+            middle = (low + high) / 2.0
+            moved = (lambda value, by=middle: value * (1.0 + by)) if relative else (lambda value, by=middle: value + by)
+            if likelihood_below(first, second, moved) < likelihood:
+                low = middle
+            else:
+                high = middle
+        ends.append((low + high) / 2.0)
+    return ends[0], ends[1]
+
+
+def chance_of_none(first: Chance, second: Chance) -> float:
+    """How likely a difference as large, in either direction, is where there is none (the p-value)."""
+    same = _as_it_is
+    below = likelihood_below(first, second, same)
+    above = 1.0 - likelihood_below(first, second, same, equal=False)
+    return max(0.0, min(1.0, 2.0 * below, 2.0 * above))
+
+
+def _as_it_is(value: float) -> float:
+    return value
+
+
+def holm(chances: Sequence[float]) -> List[float]:
+    """Holm's correction: each p-value as if it were the only one, though the smallest of many was bound to be small.
+
+    >>> holm([0.01, 0.04, 0.5])
+    [0.03, 0.08, 0.5]
+    """
+    adjusted, least = [0.0] * len(chances), 0.0
+    for rank, place in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        least = max(least, min(1.0, (len(chances) - rank) * chances[place]))
+        adjusted[place] = least
+    return adjusted
+
+
+@dataclass
+class Sample:
+    """A time of a stage's successful requests: sorted; how many count as one at each percentile; means by start."""
+
+    ordered: array.array
+    alike: Dict[str, float]
+    parts: List[float]
+
+
+class ComparedStage(NamedTuple):
+    """A stage as a comparison sees it: load, name among its run's stages, summary block, samples, rates in blocks."""
+
+    load: Mapping[str, float]
+    name: Mapping[str, float]
+    figures: Mapping[str, Any]
+    samples: Mapping[str, Sample]
+    success_alike: float
+    rates: Mapping[str, Sequence[float]]
+    means: Mapping[str, float]  # tokens of prompts and answers, characters of answers
+
+
+@dataclass
+class ComparedRun:
+    """One of the runs of a comparison: letter, where it was read from, and what the comparison takes of it."""
+
+    letter: str
+    place: str
+    header: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    end: Optional[Mapping[str, Any]]
+    rows: Sequence[Rows]
+    stages: Sequence[ComparedStage]
+
+    @property
+    def state(self) -> str:
+        """VALID, CAUTION or INVALID."""
+        return self.summary["verdict"]["state"]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The run's configuration; files of an early format may lack it."""
+        return self.header.get("config") or {}
+
+
+def by_start(rows: Rows) -> List[int]:
+    """The rows in the order in which their requests started, or were due."""
+    starts, dues = rows.columns["start_ms"], rows.columns["scheduled_ms"]
+    moments = [start if start == start else due if due == due else math.inf for start, due in zip(starts, dues)]
+    return sorted(range(len(moments)), key=moments.__getitem__)
+
+
+def sample_of(rows: Rows, order: Sequence[int], metric: str) -> Optional[Sample]:
+    """The values of one time over the successful requests; None without any."""
+    column, status = rows.columns["tpot_ms" if metric == "request_tps" else metric], rows.status
+    values = [column[row] for row in order if status[row] == "ok" and column[row] == column[row]]
+    if metric == "request_tps":
+        values = [1000.0 / value for value in values if value > 0]
+    if not values:
+        return None
+    bounds = percentiles(values)
+    alike = {name: flags_inflation([value <= bounds[name] for value in values]) for name, _ in PERCENTILES}
+    # The few beyond a high percentile tell badly how much they hang together: not less than all do.
+    alike = {name: max(number, alike["p50"]) for name, number in alike.items()}
+    return Sample(array.array("d", sorted(values)), alike, chunk_means(values, TIME_BLOCKS))
+
+
+AMOUNTS = {"rps": ("start_ms", None), "output_tokens_per_s": ("ttfe_ms", "out_tokens"),
+           "output_chars_per_s": ("ttfe_ms", "out_chars")}  # a rate: since when a request gives it, and how much
+
+
+def given_spans(rows: Rows, rate: str) -> List[Tuple[float, float, float]]:
+    """(from, to, how much) of what each successful request gave to a rate."""
+    since, amount = AMOUNTS[rate]
+    columns, spans = rows.columns, []
+    amounts = columns[amount] if amount else itertools.repeat(1.0)
+    delays = itertools.repeat(0.0) if since == "start_ms" else columns[since]
+    for status, start, delay, latency, much in zip(
+        rows.status, columns["start_ms"], delays, columns["latency_ms"], amounts
+    ):
+        if status == "ok" and latency == latency and much == much:
+            spans.append((start + (delay if delay == delay else latency), start + latency, much))
+    return spans
+
+
+def spread_evenly(spans: Iterable[Tuple[float, float, float]], zero: float, width: float, number: int) -> List[float]:
+    """The amount in each of so many equal blocks of time, of spans (from, to, how much) spread evenly over theirs."""
+    totals = [0.0] * number
+    for begin, end, much in spans:
+        first = int((begin - zero) // width)
+        last = int((end - zero) // width)
+        if first == last or end <= begin:
+            if 0 <= last <= number:  # the very end belongs to the last block
+                totals[min(last, number - 1)] += much
+            continue
+        for block in range(max(0, first), min(last, number - 1) + 1):
+            low = zero + block * width
+            totals[block] += much * share_within(begin, end, low, low + width)
+    return totals
+
+
+def rate_blocks(rows: Rows, rate: str, window: Optional[Tuple[float, float]]) -> List[float]:
+    """A rate, per second, in equal blocks of a window of time; nothing where fewer than eight blocks fit into it."""
+    spans = given_spans(rows, rate)
+    if window is None or not spans:
+        return []
+    took = rows.successful("latency_ms")
+    shortest = BLOCK_LATENCIES * math.fsum(took) / len(took)
+    low, high = window
+    number = min(TIME_BLOCKS, len(spans), int((high - low) / shortest) if shortest else TIME_BLOCKS)
+    if number < FEWEST_BLOCKS or high <= low:
+        return []
+    width = (high - low) / number
+    return [1000.0 * amount / width for amount in spread_evenly(spans, low, width, number)]
+
+
+def compared_stage(
+    rows: Rows, name: Mapping[str, float], figures: Mapping[str, Any], metrics: Iterable[str]
+) -> ComparedStage:
+    """What a comparison takes of one stage: samples of these times, and all its rates."""
+    order = by_start(rows)
+    samples = {metric: sample_of(rows, order, metric) for metric in metrics}
+    flags = [rows.status[row] == "ok" for row in order if rows.status[row] not in NOT_JUDGED]
+    first = min((start for start in rows.columns["start_ms"] if start == start), default=0.0)
+    whole = (first, first + wall_ms(rows))
+    rates = {rate: rate_blocks(rows, rate, whole) for rate in AMOUNTS}
+    if "steady_output_tokens_per_s" in figures.get("throughput", {}):
+        rates["steady_output_tokens_per_s"] = rate_blocks(rows, "output_tokens_per_s", steady_window(rows))
+    means = {}
+    for column in ("in_tokens", "out_tokens", "out_chars"):
+        values = rows.successful(column)
+        if values:
+            means[column] = math.fsum(values) / len(values)
+    known = {metric: sample for metric, sample in samples.items() if sample is not None}
+    return ComparedStage(rows.load, name, figures, known, flags_inflation(flags), rates, means)
+
+
+def compared_run(letter: str, place: str, collector: Collector, conditions: Sequence[Condition] = ()) -> ComparedRun:
+    """A run whose results.jsonl was read, as a comparison under these conditions takes it."""
+    summary, rows = summarize(collector), collector.rows()
+    metrics = dict.fromkeys([metric for metric, stats in COMPARED if stats])
+    metrics.update(dict.fromkeys(condition.figure for condition in conditions if condition.stat))
+    names = load_names([stage.load for stage in rows])
+    stages = [
+        compared_stage(stage, name, figures, metrics) for stage, name, figures in zip(rows, names, summary["stages"])
+    ]
+    return ComparedRun(letter, place, collector.header, summary, collector.end, rows, stages)
+
+
+# What is compared, in the order of the table: a summary's figure and its statistics. A rate or share has none.
+MAIN_STATS = ("p50", "p95", "p99")
+COMPARED: Tuple[Tuple[str, Tuple[str, ...]], ...] = (
+    ("success_rate", ()), ("ttft_ms", MAIN_STATS), ("ttft_from_scheduled_ms", MAIN_STATS), ("ttfe_ms", MAIN_STATS),
+    ("latency_ms", MAIN_STATS), ("latency_from_scheduled_ms", MAIN_STATS), ("tpot_ms", MAIN_STATS),
+    ("output_tokens_per_s", ()), ("steady_output_tokens_per_s", ()), ("output_chars_per_s", ()), ("rps", ()),
+)  # fmt: skip
+
+
+@dataclass
+class Difference:
+    """One figure of two stages: both values with their n, the change with its 95 % interval, and the word for it.
+
+    The change is a share of the first value, of a success rate a difference of shares. `word` is better, worse, none,
+    few (too few requests to say), absent (a run has no such figure) or unjudged (a run is INVALID). `note` says why
+    there is no better or worse though the interval leaves out zero: chance (of so many figures one was bound to) or
+    small. `likely` is the p-value.
+    """
+
+    metric: str
+    stat: str
+    values: Tuple[Optional[float], Optional[float]]
+    counts: Tuple[int, int]
+    change: Optional[float] = None
+    low: Optional[float] = None
+    high: Optional[float] = None
+    likely: Optional[float] = None
+    word: str = "absent"
+    note: str = ""
+
+
+def is_better_high(metric: str) -> bool:
+    """Whether more of a figure is better: rates and shares; of a time less is."""
+    return not metric.endswith("_ms")
+
+
+def figure_of(stage: ComparedStage, metric: str, stat: str) -> Tuple[Optional[float], int]:
+    """The summary's value of a figure, and of how many requests it is made."""
+    requests = stage.figures["requests"]
+    if stat:
+        block = stage.figures.get(metric) or {}
+        return block.get(stat), block.get("n", 0)
+    if metric in SHARE_FIGURES:
+        return requests.get(metric), requests["success"] + requests["failure"]
+    return stage.figures.get("throughput", {}).get(metric), requests["success"]
+
+
+def share_chances(values: Sequence[float], counts: Sequence[int], alike: float) -> Optional[List[Chance]]:
+    """Of two success rates, each of so many requests of which `alike` count as one."""
+    worth = [n / alike for n in counts]
+    if min(worth) < INDEPENDENT:
+        return None
+    return [beta_chance(value * n + 0.5, (1.0 - value) * n + 0.5, _as_it_is) for value, n in zip(values, worth)]
+
+
+def mean_chances(values: Sequence[float], parts: Sequence[Sequence[float]]) -> Optional[List[Chance]]:
+    """Of two means or rates, from their values in blocks; both with the larger of the two errors."""
+    errors = [mean_error(blocks) for blocks in parts]
+    if errors[0] is None or errors[1] is None:
+        return None
+    return [mean_chance(value, value * max(errors), len(blocks)) for value, blocks in zip(values, parts)]
+
+
+def percentile_chances(samples: Sequence[Sample], stat: str) -> Optional[List[Chance]]:
+    """Of one percentile of two samples."""
+    share, alike = int(stat[1:]) / 100.0, max(sample.alike[stat] for sample in samples)
+    worth = [len(sample.ordered) / alike for sample in samples]
+    if any(stat in limited_names(len(sample.ordered)) for sample in samples) or min(worth) < INDEPENDENT:
+        return None
+    if min(worth) * min(share, 1.0 - share) < BEYOND * (1.0 - 1e-9):
+        return None
+    return [percentile_chance(sample.ordered, share, n) for sample, n in zip(samples, worth)]
+
+
+def chances_of(stages: Sequence[ComparedStage], metric: str, stat: str) -> Optional[List[Chance]]:
+    """What a figure of two stages, which both have it, might as well have been; None where the requests are too few."""
+    values, counts = zip(*(figure_of(stage, metric, stat) for stage in stages))
+    if metric in SHARE_FIGURES:
+        return share_chances(values, counts, max(stage.success_alike for stage in stages))
+    if not stat:
+        return mean_chances(values, [stage.rates.get(metric, ()) for stage in stages])
+    samples = [stage.samples[metric] for stage in stages]
+    if stat == "mean":
+        return mean_chances(values, [sample.parts for sample in samples]) if min(counts) >= INDEPENDENT else None
+    return percentile_chances(samples, stat)
+
+
+def changed(metric: str, before: float, after: float, relative: bool) -> Optional[float]:
+    """The change between two values; None as a share of nothing."""
+    if not relative:
+        return after - before
+    return after / before - 1.0 if before > 0 else None
+
+
+def difference_of(first: ComparedStage, second: ComparedStage, metric: str, stat: str, relative: bool) -> Difference:
+    """One figure of two stages, not yet put into words but for `few` and `absent`."""
+    (before, n), (after, m) = figure_of(first, metric, stat), figure_of(second, metric, stat)
+    found = Difference(metric, stat, (before, after), (n, m))
+    if before is None or after is None:
+        return found
+    found.change, found.word = changed(metric, before, after, relative), "few"
+    chances = chances_of((first, second), metric, stat)
+    if chances is None or found.change is None:
+        return found
+    one, other = chances
+    found.low, found.high = likely_change(one, other, relative)
+    found.likely, found.word = chance_of_none(one, other), "none"
+    return found
+
+
+def own_error_ms(*stages: ComparedStage) -> float:
+    """What the clients of these stages can't tell apart, in ms: how late they read, and what that did to TTFT (P99)."""
+    clients = [stage.figures.get("client", {}) for stage in stages]
+    errors = [(client.get(name) or {}).get("p99", 0.0) for client in clients for name in ("lag_ms", "ttft_slack_ms")]
+    return max(SMALLEST_MS, *errors)
+
+
+def too_small(difference: Difference, error_ms: float) -> bool:
+    """Whether a change is less than what can be told apart, or than two runs of one endpoint differ by."""
+    if difference.metric in SHARE_FIGURES:
+        return False
+    before, after = difference.values
+    in_time = difference.metric.endswith("_ms") and abs(after - before) < error_ms
+    return in_time or abs(difference.change) < SMALLEST_CHANGE
+
+
+def put_in_words(pairs: Sequence["ComparedPair"], judged: bool) -> None:
+    """Better, worse or none for every difference of two runs, all of their stages considered together."""
+    known = [(row, pair.error_ms) for pair in pairs for row in pair.rows if row.likely is not None]
+    adjusted = holm([row.likely for row, _ in known])
+    for (row, error), likely in zip(known, adjusted):
+        if not judged:
+            row.word = "unjudged"
+        elif likely <= CERTAIN and not too_small(row, error):
+            row.word = "better" if (row.change > 0) == is_better_high(row.metric) else "worse"
+        elif not row.low <= 0.0 <= row.high:
+            row.note = "small" if too_small(row, error) else "chance"
+
+
+class ComparedPair(NamedTuple):
+    """Two stages of one load: the stages, every difference between them, and what their clients can't tell apart."""
+
+    first: ComparedStage
+    second: ComparedStage
+    rows: List[Difference]
+    error_ms: float
+
+
+def compared_figures(first: ComparedStage, second: ComparedStage) -> Iterator[Tuple[str, str]]:
+    """The figures of two stages that are worth a row: (metric, statistic); there in one of them, and no repetition."""
+    stages = (first, second)
+    for metric, stats in COMPARED:
+        if metric.endswith("_from_scheduled_ms") and not all(is_open(stage.load) for stage in stages):
+            continue
+        if metric == "ttfe_ms" and all(stage.figures.get(metric) == stage.figures.get("ttft_ms") for stage in stages):
+            continue
+        if metric == "output_chars_per_s" and all(figure_of(stage, "output_tokens_per_s", "")[0] for stage in stages):
+            continue
+        for stat in stats or ("",):
+            if any(figure_of(stage, metric, stat)[0] is not None for stage in stages):
+                yield metric, stat
+
+
+def pair_stages(first: ComparedRun, second: ComparedRun) -> Tuple[List[Tuple[int, int]], List[int], List[int]]:
+    """Which stages have the same load, by their numbers, and which of either run are left over.
+
+    Two runs of one stage each are compared whatever their loads: that they differ is said.
+    """
+    if len(first.stages) == len(second.stages) == 1:
+        return [(0, 0)], [], []
+    waiting: Dict[Any, List[int]] = {}
+    for number, stage in enumerate(second.stages):
+        waiting.setdefault(tuple(sorted(stage.load.items())), []).append(number)
+    pairs, alone = [], []
+    for number, stage in enumerate(first.stages):
+        same = waiting.get(tuple(sorted(stage.load.items())))
+        if same:
+            pairs.append((number, same.pop(0)))
+        else:
+            alone.append(number)
+    taken = {number for _, number in pairs}
+    return pairs, alone, [number for number in range(len(second.stages)) if number not in taken]
+
+
+class Unfair(NamedTuple):
+    """Why a comparison is not of like with like: the key of its text, the other run's letter, the values in it."""
+
+    key: str
+    letter: str
+    values: Dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What became of a condition in a pair of stages: the change with its interval, and failed, kept or unjudged."""
+
+    condition: Condition
+    letter: str
+    name: Mapping[str, float]
+    difference: Difference
+    state: str
+
+
+@dataclass
+class Against:
+    """One run against the first: its pairs of stages, those left over, what is unfair, and the conditions' outcomes."""
+
+    run: ComparedRun
+    pairs: List[ComparedPair]
+    places: List[Tuple[int, int]]
+    alone: Tuple[List[int], List[int]]
+    unfair: List[Unfair]
+    outcomes: List[Outcome]
+    judged: bool
+
+    @property
+    def rows(self) -> List[Difference]:
+        """Every difference, of all stages."""
+        return [row for pair in self.pairs for row in pair.rows]
+
+
+def hold_condition(condition: Condition, letter: str, pair: ComparedPair, judged: bool) -> Outcome:
+    """Whether a condition's whole interval lies beyond its limit in a pair of stages."""
+    found = difference_of(pair.first, pair.second, condition.figure, condition.stat, condition.relative)
+    state = "unjudged"
+    if judged and found.low is not None:
+        state = "failed" if condition.shown(found.low, found.high) else "kept"
+    return Outcome(condition, letter, pair.first.name, found, state)
+
+
+def compare_runs(first: ComparedRun, second: ComparedRun, conditions: Sequence[Condition] = ()) -> Against:
+    """One run against another; pure."""
+    places, mine, theirs = pair_stages(first, second)
+    judged = "INVALID" not in (first.state, second.state)
+    pairs = []
+    for number, other in places:
+        one, two = first.stages[number], second.stages[other]
+        rows = [difference_of(one, two, metric, stat, metric not in SHARE_FIGURES)
+                for metric, stat in compared_figures(one, two)]  # fmt: skip
+        pairs.append(ComparedPair(one, two, rows, own_error_ms(one, two)))
+    put_in_words(pairs, judged)
+    outcomes = [hold_condition(condition, second.letter, pair, judged) for condition in conditions for pair in pairs]
+    return Against(second, pairs, places, (mine, theirs), find_unfair(first, second, pairs), outcomes, judged)
+
+
+# What was set up. Some settings only tell runs apart (host, moment, tool), some make their figures answer different
+# questions: those are unfair. A setting that a file does not have was at its default, as a flag that did not exist yet.
+
+
+class Setting(NamedTuple):
+    """One fact of the set-up: key of its name, how it is read from a run, and whether a difference is unfair."""
+
+    key: str
+    read: Callable[[ComparedRun], Any]
+    unfair: bool
+
+
+def of_config(name: str, default: Any = None) -> Callable[[ComparedRun], Any]:
+    """A reader of a run's flag."""
+    return lambda run: run.config.get(name, default)
+
+
+def of_header(name: str) -> Callable[[ComparedRun], Any]:
+    """A reader of a run's header."""
+    return lambda run: run.header.get(name)
+
+
+def workload_of(run: ComparedRun) -> Any:
+    """Which prompts a run sent: source, number and, where the file has it, the hash of all of them."""
+    prompts = run.config.get("prompts") or {}
+    return [prompts.get("source", "built-in"), prompts.get("count"), prompts.get("digest")]
+
+
+def clock_of(run: ComparedRun) -> Any:
+    """Whose clock told when data arrived."""
+    return run.summary["client"].get("clock")
+
+
+SETTINGS = (
+    Setting("endpoint", of_header("url"), False), Setting("provider", of_header("provider"), True),
+    Setting("model", of_header("model"), True), Setting("arrival", of_config("arrival", "poisson"), True),
+    Setting("ramp", of_config("ramp"), True), Setting("total_requests", of_config("total_requests"), False),
+    Setting("duration", of_config("duration"), False), Setting("warmup", of_config("warmup", 0), True),
+    Setting("workload", workload_of, True), Setting("order", of_config("order", "in-order"), True),
+    Setting("turns", of_config("turns"), True), Setting("trace_speed", of_config("trace_speed", 1.0), True),
+    Setting("unique", of_config("unique", True), True), Setting("seed", of_config("seed", 0), False),
+    Setting("max_tokens", of_config("max_tokens", 256), True), Setting("input_tokens", of_config("input_tokens"), True),
+    Setting("prefix_tokens", of_config("prefix_tokens", 0), True),
+    Setting("output_tokens", of_config("output_tokens"), True), Setting("stream", of_config("stream", True), True),
+    Setting("token_mode", of_config("token_mode", "usage"), True),
+    Setting("think_tags", of_config("think_tags", "auto"), True),
+    Setting("body", of_config("body", {}), True), Setting("header", of_config("header", []), False),
+    Setting("count_connect", of_config("count_connect", False), True),
+    Setting("end_optional", of_config("end_optional", False), False),
+    Setting("timeout", of_config("timeout", 120.0), False), Setting("clock", clock_of, True),
+    Setting("processes", of_config("processes"), False), Setting("tool_version", of_header("tool_version"), False),
+    Setting("python", of_header("python"), False),
+)  # fmt: skip
+LENGTH_APART = 0.05  # of the mean length of prompts or answers: more makes times and token rates another matter
+CACHED_APART = 5.0  # points of the share of prompt tokens that came from a cache
+SET_BY_LOAD = frozenset(("arrival",))  # says nothing of a closed loop
+SAID_OTHERWISE = frozenset(("few", "clock"))  # reasons of a verdict that rows or settings say themselves
+
+
+def same_setting(key: str, one: Any, other: Any) -> bool:
+    """Whether two runs' values of a setting say the same; workloads by their hash where both have one."""
+    if key == "workload" and not (one[2] and other[2]):
+        return one[:2] == other[:2]
+    if key == "workload":
+        return one[2] == other[2]
+    return one == other
+
+
+def settings_of(runs: Sequence[ComparedRun]) -> List[Tuple[Setting, List[Any], List[bool]]]:
+    """Each fact: its values, run by run, and which of them differ from the first run's."""
+    found = []
+    for setting in SETTINGS:
+        if setting.key in SET_BY_LOAD and not any(is_open(stage.load) for run in runs for stage in run.stages):
+            continue
+        values = [setting.read(run) for run in runs]
+        if all(value in (None, "", [], {}) for value in values):
+            continue
+        found.append((setting, values, [not same_setting(setting.key, values[0], value) for value in values]))
+    return found
+
+
+def find_unfair(first: ComparedRun, second: ComparedRun, pairs: Sequence[ComparedPair]) -> List[Unfair]:
+    """What makes a comparison of two runs unfair, the gravest first."""
+    letter, found = second.letter, []  # type: Tuple[str, List[Unfair]]
+    for run in (first, second):
+        reasons = [reason for reason in run.summary["verdict"]["reasons"] if reason["key"] not in SAID_OTHERWISE]
+        if reasons:
+            found.append(Unfair("verdict", letter, {"run": run.letter, "state": run.state, "reasons": reasons}))
+    for pair in pairs:
+        if dict(pair.first.load) != dict(pair.second.load):
+            found.append(Unfair("load", letter, {"first": pair.first.load, "second": pair.second.load}))
+    for setting, values, differ in settings_of([first, second]):
+        if setting.unfair and differ[1]:
+            found.append(Unfair("setting", letter, {"key": setting.key, "first": values[0], "second": values[1]}))
+    return found + list(unlike_lengths(letter, pairs))
+
+
+def unlike_lengths(letter: str, pairs: Sequence[ComparedPair]) -> Iterator[Unfair]:
+    """Prompts or answers that were longer in one run, and shares of cached tokens that are apart: the worst stage's."""
+    for side in ("in_tokens", "out_tokens", "out_chars"):
+        apart = []
+        for pair in pairs:
+            one, two = pair.first.means.get(side), pair.second.means.get(side)
+            both_count_tokens = "out_tokens" in pair.first.means and "out_tokens" in pair.second.means
+            if one and two and abs(two / one - 1.0) > LENGTH_APART and not (side == "out_chars" and both_count_tokens):
+                apart.append((abs(math.log(two / one)), one, two, pair.first.name))
+        if apart:
+            _, one, two, name = max(apart, key=lambda entry: entry[0])
+            yield Unfair("length", letter, {"side": side, "first": one, "second": two, "name": name,
+                                            "several": len(pairs) > 1})  # fmt: skip
+    shares = []
+    for pair in pairs:
+        blocks = [stage.figures.get("tokens", {}) for stage in (pair.first, pair.second)]
+        one, two = (part_of(block.get("cached", 0), block.get("in", 0)) for block in blocks)
+        shares.append((abs(two - one), one, two))
+    worst = max(shares, default=(0.0, 0.0, 0.0))
+    if worst[0] > CACHED_APART:
+        yield Unfair("cached", letter, {"first": worst[1] / 100.0, "second": worst[2] / 100.0})
 # ==================================================================================================
 # 9. Load: which request belongs to which part, and when it is due
 # ==================================================================================================
