@@ -13,7 +13,7 @@ and a section uses only what stands above it (`grep -n '^# [0-9]' llmbench.py` l
  5. Providers    prompt -> HTTP request; event -> frames
  6. Registry     all providers by name
  7. Workload     files and built-ins -> prompts
- 8. Statistics   records -> summary
+ 8. Statistics   records -> summary; two runs compared
  9. Load         which request belongs to which part, and when it is due
 10. Connection   sockets, TLS, arrival stamps, keep-alive
 11. Exchange     one request from its first byte to its end
@@ -24,7 +24,7 @@ and a section uses only what stands above it (`grep -n '^# [0-9]' llmbench.py` l
 16. Terminal     progress and tables
 17. Mock         the built-in server
 18. Check        what a run needs to know before it starts
-19. Commands     run, report, mock, providers; main()
+19. Commands     run, report, compare, mock, providers; main()
 """
 
 from __future__ import annotations
@@ -4177,7 +4177,7 @@ def make_unique(prompt: Prompt, request_id: str) -> Prompt:
             break
     return prompt.saying(messages)
 # ==================================================================================================
-# 8. Statistics: records to a summary, pure
+# 8. Statistics: records to a summary, and two runs compared, pure
 # ==================================================================================================
 #
 # `Collector` takes the lines of results.jsonl one by one and keeps measured requests in columns, one
@@ -11739,7 +11739,7 @@ def body_of(page: Page, summary: Mapping, stages: Sequence[StageView], shown: St
     return joined((trust, fail, page.fill("anyway", summary=page.said("anyway"), content=inner)))
 
 
-ANCHORS = ("stages", "fail", "dist", "where", "time", "slow", "trust", "setup")
+ANCHORS = ("stages", "differences", "fail", "dist", "where", "time", "slow", "trust", "setup")
 
 
 def navigation(page: Page, body: str) -> Markup:
@@ -11797,6 +11797,492 @@ def render_report(summary: Mapping, header: Mapping, rows: Sequence["Rows"],
         sentence=sentence(page, summary, stages, shown), figures=figures_block(page, stages, shown, reason),
         gates=gates, body=body, setup=setup, footer=page.said("footer", version=header.get("tool_version", "")),
         data=chart_data(page, header, charts), echarts=Markup(echarts), script=Markup(script)) + "\n"
+
+
+# Two or more runs on one page: compare.html. It is made of the same fragments, and its words are also the terminal's.
+
+COMPARISON_PAGE = "comparison"  # the class of its body, by which an older one is known and may be replaced
+RUN_COLOURS = ("a", "b", "think", "queue", "head", "connect")  # from the seventh run on they come again, dashed
+HEADLINES = (("success_rate", ""), ("ttft_ms", "p50"), ("latency_ms", "p50"), ("tpot_ms", "p50"),
+             ("output_tokens_per_s", ""))  # what the table over several loads shows
+Said = Mapping[str, str]  # the texts of one language
+
+
+def signed(value: float) -> str:
+    """A change in numbers, with as many decimals as it takes not to be 0: +10.2, −0.35, +120."""
+    size = abs(value)
+    if not size:
+        return "0"
+    places = 0 if size >= 99.95 else 1 if size >= 0.95 else 2
+    while places < 5 and not round(size, places):
+        places += 1
+    return ("+" if value >= 0 else "\u2212") + "{:,.{}f}".format(size, places)
+
+
+def is_in_points(metric: str) -> bool:
+    """Whether a figure is a share and changes by points."""
+    return metric in SHARE_FIGURES
+
+
+def change_words(texts: Said, metric: str, change: Optional[float], relative: bool = True) -> str:
+    """A change in the words of a language: +10.2 %, −0.35 points, +48.0 ms."""
+    if not known(change):
+        return DASH
+    if is_in_points(metric):
+        return texts["unit.points"].format(n=signed(100.0 * change))
+    if relative:
+        return texts["change.percent"].format(n=signed(100.0 * change))
+    return "%s\u00a0%s" % (signed(change), METRICS[metric].unit)
+
+
+def interval_words(texts: Said, found: Difference, relative: bool = True) -> str:
+    """The 95 % interval of a change in the words of a language: +7.9 to +12.4; its unit is the change's."""
+    if found.low is None or found.high is None:
+        return DASH
+    times = 100.0 if relative or is_in_points(found.metric) else 1.0
+    return texts["change.interval"].format(low=signed(times * found.low), high=signed(times * found.high))
+
+
+def figure_words(texts: Said, metric: str, stat: str) -> str:
+    """What a figure is called in a language: TTFT P95."""
+    name = texts.get("metric." + metric, METRICS[metric].label)
+    return "%s %s" % (name, texts.get("column." + stat, stat.upper())) if stat else name
+
+
+def row_scale(found: Difference) -> Scale:
+    """The unit of a row: seconds where both values are two seconds or more, else milliseconds."""
+    values = [value for value in found.values if value is not None]
+    return SECONDS if values and min(values) >= 2000.0 else MILLISECONDS
+
+
+def row_unit(found: Difference) -> str:
+    """What stands behind a row's name: its unit; a share carries its own."""
+    if is_in_points(found.metric):
+        return ""
+    return row_scale(found).unit if found.metric.endswith("_ms") else METRICS[found.metric].unit
+
+
+def row_value(found: Difference, value: Optional[float]) -> str:
+    """One value of a row."""
+    if value is None:
+        return DASH
+    if is_in_points(found.metric):
+        return percent_number(value) + "\u00a0%"
+    return figure(value / row_scale(found).divisor) if found.metric.endswith("_ms") else figure(value)
+
+
+def word_of(texts: Said, found: Difference) -> str:
+    """Better, worse, no difference shown; with the mark of its footnote."""
+    return texts["word." + found.word] + {"chance": " ‡", "small": " §"}.get(found.note, "")
+
+
+def footnotes(texts: Said, against: Sequence[Against]) -> List[str]:
+    """What the marks of these comparisons mean, those that are there."""
+    rows = [row for one in against for row in one.rows]
+    judged = sum(row.likely is not None for row in rows)
+    keys = ["footnote." + note for note in ("chance", "small") if any(row.note == note for row in rows)]
+    keys += ["footnote.few"] if any(row.word == "few" for row in rows) else []
+    return [texts[key].format(n=judged) for key in keys]
+
+
+def setting_words(texts: Said, key: str, value: Any) -> str:
+    """The value of a setting in a language."""
+    if key == "workload":
+        source = texts["prompts.builtin"] if value[0] in ("builtin", "built-in") else plain(value[0])
+        named = texts["setup.prompt_count"].format(source=source, n=count(value[1])) if value[1] else source
+        return "%s (%s)" % (named, str(value[2])[:8]) if value[2] else named
+    if value is None or value in ("", [], {}):
+        return DASH
+    if isinstance(value, bool):
+        return texts["yes" if value else "no"]
+    if key == "arrival":
+        return arrival_words(texts, {"arrival": value}, {})
+    if key in ("duration", "timeout", "ramp"):
+        return texts["wall.seconds"].format(n="%g" % value)
+    named = {"token_mode": "tokens.", "clock": ""}.get(key)
+    if named is not None and named + str(value) in texts:
+        return texts[named + str(value)]
+    return plain(json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value)
+
+
+def unfair_words(texts: Said, unfair: Unfair) -> str:
+    """Why a comparison is unfair, in the words of a language."""
+    values = unfair.values
+    if unfair.key == "verdict":
+        reasons = " ".join(reason_said(texts, reason) for reason in values["reasons"])
+        return texts["unfair.verdict"].format(run=values["run"], state=texts["verdict." + values["state"].lower()],
+                                              reasons=reasons)
+    if unfair.key == "setting":
+        key = values["key"]
+        first, second = (setting_words(texts, key, values[side]) for side in ("first", "second"))
+        return texts["unfair.setting"].format(name=texts["setting." + key], first=first, letter=unfair.letter,
+                                              second=second, why=texts["unfair." + key])
+    if unfair.key == "load":
+        first, second = (load_words(texts, values[side], True) for side in ("first", "second"))
+    elif unfair.key == "cached":
+        first, second = (percent_number(values[side]) for side in ("first", "second"))
+    else:
+        first, second = (figure(values[side]) for side in ("first", "second"))
+    key = "unfair." + (values["side"] if unfair.key == "length" else unfair.key)
+    text = texts[key].format(first=first, letter=unfair.letter, second=second)
+    if not values.get("several"):
+        return text
+    return texts["load.of"].format(loads=load_words(texts, values["name"]), text=text)
+
+
+def all_unfair(texts: Said, against: Sequence[Against]) -> List[str]:
+    """Every reason once, in the words of a language."""
+    return list(dict.fromkeys(unfair_words(texts, unfair) for one in against for unfair in one.unfair))
+
+
+def comparison_state(against: Sequence[Against]) -> str:
+    """valid: like with like; caution: not quite; invalid: a run is INVALID, nothing is judged."""
+    if not all(one.judged for one in against):
+        return "invalid"
+    return "caution" if any(one.unfair for one in against) else "valid"
+
+
+def alone_words(texts: Said, first: ComparedRun, one: Against) -> str:
+    """The stages of two runs that have no counterpart, in the words of a language; "" where all have one."""
+    said = []
+    for run, numbers in ((first, one.alone[0]), (one.run, one.alone[1])):
+        if numbers:
+            loads = texts["list.comma"].join(load_words(texts, run.stages[number].name) for number in numbers)
+            said.append(texts["compare.alone"].format(run=run.letter, loads=loads))
+    return " ".join(said)
+
+
+def few_changes(texts: Said, one: Against, word: str, most: int = 4) -> str:
+    """The figures that are better, or worse, with their changes; the first few of many."""
+    found = [(pair, row) for pair in one.pairs for row in pair.rows if row.word == word]
+    said = []
+    for pair, row in found[:most]:
+        name = figure_words(texts, row.metric, row.stat)
+        if len(one.pairs) > 1:
+            name = texts["compare.at"].format(name=name, load=load_words(texts, pair.first.name))
+        said.append("%s %s" % (name, change_words(texts, row.metric, row.change)))
+    return texts["list.comma"].join(said) + (" …" if len(found) > most else "")
+
+
+def comparison_sentence(texts: Said, first: ComparedRun, one: Against) -> str:
+    """What became of one comparison, in one sentence of a language."""
+    if not one.pairs:
+        return texts["compare.no_pair"].format(a=first.letter, b=one.run.letter)
+    if not one.judged:
+        return texts["compare.unjudged"].format(a=first.letter, b=one.run.letter)
+    counts = collections.Counter(row.word for row in one.rows)
+    judged = counts["better"] + counts["worse"] + counts["none"]
+    values: Dict[str, Any] = {"a": first.letter, "b": one.run.letter, "n": judged}
+    for word in ("better", "worse"):
+        values[word], values[word + "_list"] = counts[word], few_changes(texts, one, word)
+    if not judged:
+        return texts["compare.few"].format(**values)
+    kind = "both" if counts["better"] and counts["worse"] else \
+        "better" if counts["better"] else "worse" if counts["worse"] else "none"
+    text = texts["compare." + kind].format(**values)
+    rest = kind != "none" and judged > counts["better"] + counts["worse"]
+    return text + texts["compare.rest"] if rest else text
+
+
+def in_both(page: Page, say: Callable[..., str], *values: object) -> Both:
+    """What a function of one language's texts says, in both."""
+    return Both(*(say(texts, *values) for texts in page.texts))
+
+
+def axis_end(against: Sequence[Against]) -> float:
+    """How far a common axis reaches on either side of zero, as a share: a round number that holds every interval.
+
+    At most 1: what is further off is cut off, so that one figure does not flatten all the others.
+    """
+    reached = [abs(end) for one in against for row in one.rows for end in (row.low, row.high, row.change)
+               if end is not None and row.likely is not None]
+    most = min(max(reached, default=0.1), 1.0) or 0.1
+    steps = [step * 10.0 ** power for power in range(-4, 1) for step in (1, 2, 5)]
+    return next(step for step in steps if step >= most * 0.999)
+
+
+def change_mark(page: Page, found: Difference, end: float) -> Markup:
+    """A change as a dot with its interval on an axis from -end to +end; zero is in the middle."""
+    if found.change is None or found.low is None or found.high is None:
+        return page.fill("axis", kind="empty", mark="")
+    low, high, dot = (50.0 + 50.0 * max(-1.0, min(1.0, value / end)) for value in (found.low, found.high, found.change))
+    cut = (" cut-low" if found.low < -end else "") + (" cut-high" if found.high > end else "")
+    mark = page.fill("change_mark", low="%.2f" % low, width="%.2f" % max(0.3, high - low), dot="%.2f" % dot)
+    return page.fill("axis", kind=found.word + cut, mark=mark)
+
+
+def axis_head(page: Page, end: float) -> Markup:
+    """The numbers over the axis."""
+    number = "%g" % (100.0 * end)
+    return page.fill("axis_head", low="\u2212%s" % number, high="+%s" % number, unit=page.said("unit.percent"))
+
+
+def change_row(page: Page, pair: ComparedPair, found: Difference, end: float) -> Tuple[str, List[Cell]]:
+    """One figure of the table of differences."""
+    def value_cell(stage: ComparedStage, value: Optional[float]) -> Cell:
+        block = stage.figures.get(found.metric) if found.stat else None
+        mark = dagger(page, block, found.stat) if block and found.stat.startswith("p") else Markup("")
+        return Cell(joined((page.html(row_value(found, value)), mark)), "number value")
+
+    unit = row_unit(found)
+    name = in_both(page, lambda texts: figure_words(texts, found.metric, found.stat) + (", " + unit if unit else ""))
+    cells = [Cell(name), value_cell(pair.first, found.values[0]), value_cell(pair.second, found.values[1]),
+             Cell(in_both(page, change_words, found.metric, found.change), "number change"),
+             Cell(in_both(page, interval_words, found), "number interval"),
+             Cell(change_mark(page, found, end), "against"), Cell(in_both(page, word_of, found), "word")]
+    return found.word, cells
+
+
+def change_table(page: Page, first: ComparedRun, one: Against, pair: ComparedPair, end: float) -> Markup:
+    """Every figure of two stages side by side, the change, its interval, and the word for it."""
+    head = [[Cell(page.said("change.figure")), Cell(first.letter, "number value"), Cell(one.run.letter, "number value"),
+             Cell(page.said("change.change"), "number change"), Cell(page.said("change.95"), "number interval"),
+             Cell(axis_head(page, end), "against"), Cell(page.said("change.word"), "word")]]
+    counts = [pair.first.figures["requests"], pair.second.figures["requests"]]
+    sub = page.said("change.n", a=first.letter, b=one.run.letter, n=count(counts[0]["success"]),
+                    m=count(counts[1]["success"]))
+    return page.fill("plain_panel", kind="wide", title=page.said("change.title", a=first.letter, b=one.run.letter),
+                     sub=sub, tools=page.fill("copy"),
+                     content=table(page, head, [change_row(page, pair, row, end) for row in pair.rows], "changes"))
+
+
+class LoadGroup(NamedTuple):
+    """The stages of one load: number and stage of the first run's, and the pair with each run that has it."""
+
+    number: int
+    stage: ComparedStage
+    pairs: List[Tuple[Against, ComparedPair]]
+
+    @property
+    def shown(self) -> int:
+        """How many figures are better or worse."""
+        return sum(row.word in ("better", "worse") for _, pair in self.pairs for row in pair.rows)
+
+
+def load_groups(first: ComparedRun, against: Sequence[Against]) -> List[LoadGroup]:
+    """The first run's stages that another run has a counterpart of."""
+    groups = []
+    for number, stage in enumerate(first.stages):
+        pairs = [(one, pair) for one in against for place, pair in zip(one.places, one.pairs) if place[0] == number]
+        if pairs:
+            groups.append(LoadGroup(number, stage, pairs))
+    return groups
+
+
+def compared_curves(page: Page, first: ComparedRun, group: LoadGroup, letters: str, metric: str) -> Optional[Chart]:
+    """The cumulative curves of one time, one for each run, laid over one another."""
+    stages = [(first.letter, group.stage)] + [(one.run.letter, pair.second) for one, pair in group.pairs]
+    drawn = [(letter, stage) for letter, stage in stages
+             if metric in stage.samples and len(stage.samples[metric].ordered) >= 5
+             and stage.samples[metric].ordered[0] > 0]
+    if len(drawn) < 2:
+        return None
+    series, words = [], []
+    for place, (letter, stage) in enumerate(drawn):
+        statistic, number = stage.figures[metric], letters.index(letter)
+        marks = [[statistic[stat], int(stat[1:]) / 100] for stat in MARKED_PERCENTILES]
+        at = round(0.62 + 0.22 * (place % 2) - 0.06 * (place // 2), 2)  # where its name stands: apart from the others'
+        series.append({"name": letter, "colour": RUN_COLOURS[number % len(RUN_COLOURS)], "at": at,
+                       "dashed": number >= len(RUN_COLOURS),
+                       "points": curve_points(stage.samples[metric].ordered), "marks": marks})
+        words.append("%s %s" % (letter, figures_text(statistic, scale_of(statistic))))
+    spec = {"kind": "curves", "series": series, "x": page.said("axis.time")}
+    return Chart(spec, page.said("finding.answered", figures="; ".join(words)), page.said("panel.answered.sub"))
+
+
+COMPARED_CURVES = ("ttft_ms", "latency_ms", "tpot_ms")
+
+
+def compared_stage_block(page: Page, first: ComparedRun, group: LoadGroup, letters: str, ends: Mapping[str, float],
+                         charts: Charts) -> Markup:
+    """One load: curves first, then a table for each run against the first."""
+    panels = []
+    for metric in COMPARED_CURVES:
+        chart = compared_curves(page, first, group, letters, metric)
+        if chart is not None:
+            panel = Panel("compare_" + metric[:-3], compared_curves)
+            panels.append(panel_markup(page, panel, chart, charts, "%d-" % group.number))
+    tables = [change_table(page, first, one, pair, ends[one.run.letter]) for one, pair in group.pairs]
+    return joined(([page.fill("grid", panels=joined(panels))] if panels else []) + tables)
+
+
+def overview_row(page: Page, one: Against, pair: ComparedPair) -> Tuple[str, List[Cell]]:
+    """One load of the table over several: the change of each headline."""
+    cells = [Cell(in_both(page, load_words, pair.first.name))]
+    for metric, stat in HEADLINES:
+        found = next((row for row in pair.rows if (row.metric, row.stat) == (metric, stat)), None)
+        if found is None:
+            cells.append(Cell(DASH, "number"))
+            continue
+        spoken = found.word in ("better", "worse")
+        text = in_both(page, lambda texts, row=found, both_said=spoken: change_words(texts, row.metric, row.change) + (
+            " " + texts["word." + row.word] if both_said else ""))
+        cells.append(Cell(text, "number " + found.word))
+    return "", cells
+
+
+def overview_tables(page: Page, first: ComparedRun, against: Sequence[Against]) -> Markup:
+    """Where there are several loads: the headline changes, load by load, a table for each run."""
+    made = []
+    for one in against:
+        if len(one.pairs) < 2:
+            continue
+        head = [[Cell(page.said("column.load"))] + [Cell(in_both(page, figure_words, metric, stat), "number")
+                                                    for metric, stat in HEADLINES]]
+        rows = [overview_row(page, one, pair) for pair in one.pairs]
+        made.append(page.fill("plain_panel", kind="wide", title=page.said(
+            "change.title", a=first.letter, b=one.run.letter), sub=page.said("compare.overview.sub"),
+            tools=page.fill("copy"), content=table(page, head, rows, "changes overview")))
+    return joined(made)
+
+
+def differences_section(page: Page, first: ComparedRun, against: Sequence[Against], charts: Charts) -> Markup:
+    """Curves and tables, load by load; with several loads one is shown at a time."""
+    groups = load_groups(first, against)
+    letters = first.letter + "".join(one.run.letter for one in against)
+    notes = [in_both(page, alone_words, first, one) for one in against]
+    notes += [in_both(page, lambda texts, place=place: footnotes(texts, against)[place])
+              for place in range(len(footnotes(page.texts[0], against)))]
+    below = joined(page.fill("note", kind="", text=note) for note in notes if note.en)
+    if not groups:
+        return section(page, "differences", below)
+    ends = {one.run.letter: axis_end([one]) for one in against}
+    chosen = max(groups, key=lambda group: (group.shown, group.number))
+    blocks = [(group, compared_stage_block(page, first, group, letters, ends, charts)) for group in groups]
+    if len(groups) == 1:
+        return section(page, "differences", joined((blocks[0][1], below)), page.said("section.differences.sub"))
+    buttons = joined(page.fill("pick", number=group.number, pressed="true" if group is chosen else "false", mark="",
+                               text=level(group.stage.name)) for group in groups)
+    picker = page.fill("picker", before=page.said("picker.before"), buttons=buttons,
+                       after=level_words(page, "picker", level_keys([group.stage.name for group in groups])))
+    shown = joined(page.fill("stage", number=group.number, hidden="" if group is chosen else "hidden", content=joined((
+        page.fill("stage_title", title=in_both(page, load_words, group.stage.name, True)), block)))
+        for group, block in blocks)
+    content = joined((overview_tables(page, first, against), picker, shown, below))
+    return section(page, "differences", content, page.said("section.differences.sub"))
+
+
+def fact_rows(page: Page, runs: Sequence[ComparedRun]) -> List[Tuple[Text, List[Text], List[bool]]]:
+    """The set-up fact by fact: name, each run's value, and which differ from the first's."""
+    views = [stage_views(run.summary, run.rows) for run in runs]
+    rows: List[Tuple[Text, List[Text]]] = [
+        (page.said("setting.place"), [run.place for run in runs]),
+        (page.said("setup.run"), [str(run.header.get("run_id", DASH)) for run in runs]),
+        (page.said("fact.when"), [run_times(run.header, stages)[0] for run, stages in zip(runs, views)]),
+        (page.said("fact.from"), [host_fact(page, run.header) for run in runs]),
+        (page.said("setting.load"), [load_fact(page, stages, run.config) for run, stages in zip(runs, views)]),
+        (page.said("setting.verdict"), [page.said("verdict." + run.state.lower()) for run in runs])]
+    found = [(name, values, [value != values[0] for value in values]) for name, values in rows]
+    found[:3] = [(name, values, [False] * len(runs)) for name, values, _ in found[:3]]  # always other ones
+    for setting, values, differ in settings_of(runs):
+        said = [in_both(page, setting_words, setting.key, value) for value in values]
+        found.append((page.said("setting." + setting.key), said, differ))
+    for side in ("in_tokens", "out_tokens"):
+        means = [mean_length(run, side) for run in runs]
+        if any(mean is not None for mean in means):
+            apart = [mean is not None and means[0] is not None and abs(mean / means[0] - 1.0) > LENGTH_APART
+                     for mean in means]
+            found.append((page.said("setting.mean_" + side), [figure(mean) for mean in means], apart))
+    return found
+
+
+def mean_length(run: ComparedRun, side: str) -> Optional[float]:
+    """The mean length of a run's prompts or answers in tokens, over its stages' successful requests."""
+    values = [value for rows in run.rows for value in successful(rows, side)]
+    return math.fsum(values) / len(values) if values and math.fsum(values) > 0 else None
+
+
+def setup_comparison(page: Page, runs: Sequence[ComparedRun]) -> Markup:
+    """The facts in columns, differing ones marked; and how the differences were judged."""
+    head = [[Cell("")] + [Cell(run.letter) for run in runs]]
+    rows = [("", [Cell(joined((page.html(name), page.fill("unequal")) if any(differ) else (page.html(name),)))] + [
+        Cell(value, "differs" if apart else "") for value, apart in zip(values, differ)])
+        for name, values, differ in fact_rows(page, runs)]
+    method = [(page.said("method." + key), page.said("method.%s.text" % key))
+              for key in ("interval", "hang", "word", "limits")]
+    metrics = [metric for metric, _ in COMPARED if metric in METRICS]
+    defined = [(metric_label(page, name), definition(page, name)) for name in metrics]
+    facts_table = page.fill("plain_panel", kind="wide", title=page.said("setting.title"), sub=page.said("setting.sub"),
+                            tools=page.fill("copy"), content=table(page, head, rows, "settings"))
+    lists = [list_of_facts(page, method, "definitions", title=page.said("method.title")),
+             list_of_facts(page, defined, "definitions", title=page.said("definitions"))]
+    return section(page, "setup", joined([facts_table] + lists))
+
+
+def outcome_words(texts: Said, outcome: Outcome) -> str:
+    """What became of a condition in the words of a language."""
+    return texts["condition." + outcome.state]
+
+
+def conditions_table(page: Page, against: Sequence[Against]) -> Markup:
+    """The --fail-if conditions with the change and interval that each was held against; nothing without any."""
+    outcomes = [outcome for one in against for outcome in one.outcomes]
+    if not outcomes:
+        return Markup("")
+    several = len({outcome.letter for outcome in outcomes}) > 1 or any(len(one.pairs) > 1 for one in against)
+    rows = []
+    for outcome in outcomes:
+        found, relative = outcome.difference, outcome.condition.relative
+        where = in_both(page, lambda texts, place=outcome: "%s · %s" % (place.letter, load_words(texts, place.name)))
+        cells = [Cell(outcome.condition.text)] + ([Cell(where)] if several else []) + [
+            Cell(in_both(page, change_words, found.metric, found.change, relative), "number"),
+            Cell(in_both(page, interval_words, found, relative), "number"),
+            Cell(in_both(page, outcome_words, outcome), "result")]
+        rows.append(({"failed": "failed", "kept": "passed"}.get(outcome.state, ""), cells))
+    head = [[Cell(page.said("condition"))] + ([Cell(page.said("condition.where"))] if several else []) + [
+        Cell(page.said("change.change"), "number"), Cell(page.said("change.95"), "number"),
+        Cell(page.said("gate.result"), "result")]]
+    failed = sum(outcome.state == "failed" for outcome in outcomes)
+    said = page.said("condition.said", k=failed, n=len(outcomes))
+    return page.fill("subsection", title=page.said("condition.title"), said=said, kind="failed" if failed else "passed",
+                     content=table(page, head, rows, "gates conditions"))
+
+
+def comparison_band(page: Page, against: Sequence[Against]) -> Markup:
+    """Whether like is compared with like: shape, word, sentence, and everything that is not alike."""
+    state = comparison_state(against)
+    reasons = list(zip(*(all_unfair(texts, against) for texts in page.texts)))
+    items = joined(page.fill("item", text=Both(en, zh)) for en, zh in reasons)
+    return page.fill("verdict", state=state, shape=page.fill("shape_" + state), word=page.said("fair." + state),
+                     text=page.said("fair.%s.text" % state), reasons=page.fill("list", items=items) if items else "")
+
+
+def compared_facts(page: Page, runs: Sequence[ComparedRun]) -> Markup:
+    """Which run has which letter: its directory, model, moment and load."""
+    made = []
+    for number, run in enumerate(runs):
+        stages = stage_views(run.summary, run.rows)
+        name = page.fill("run_name", letter=run.letter, colour=RUN_COLOURS[number % len(RUN_COLOURS)], place=run.place)
+        local, utc = run_times(run.header, stages)
+        lines = [str(run.header.get("model", DASH)), local, load_fact(page, stages, run.config)]
+        value = joined(page.fill("line", text=line) for line in lines)
+        made.append(page.fill("fact", name=name, value=value, hover=utc))
+    return joined(made)
+
+
+def render_comparison(first: ComparedRun, against: Sequence[Against], language: str,
+                      assets: Mapping[str, Union[bytes, str]]) -> str:
+    """compare.html, complete: of one run and what others are against it."""
+    page, charts = read_page(assets), {}  # type: Page, Charts
+    runs = [first] + [one.run for one in against]
+    models = list(dict.fromkeys(str(run.header.get("model", DASH)) for run in runs))
+    sentences = [in_both(page, comparison_sentence, first, one) for one in against]
+    body, setup = differences_section(page, first, against, charts), setup_comparison(page, runs)
+    echarts, script = asset_text(assets, "echarts.min.js"), asset_text(assets, "report.js")
+    header = {"model": " / ".join(models), "run_id": " / ".join(str(run.header.get("run_id", "")) for run in runs)}
+    return page.fill(
+        "page", lang={"zh": "zh-CN"}.get(language, language), language=language,
+        policy=Markup(script_policy([echarts, script])), title=", ".join(run.place for run in runs),
+        state=COMPARISON_PAGE, style=Markup(asset_text(assets, "report.css")),
+        run_id=re.sub(r"[^\w./ -]", "", plain(header["run_id"])), skip=page.said("skip"),
+        sections_label=page.texts[LANGUAGES.index(language)]["sections"], links=navigation(page, body + setup),
+        dark=page.said("button.dark"), light=page.said("button.light"), print=page.said("button.print"),
+        kicker=page.said("compare.kicker", n=len(runs)), model=header["model"], facts=compared_facts(page, runs),
+        verdict=comparison_band(page, against), cut_off="",
+        sentence=joined(page.fill("line", text=sentence) for sentence in sentences), figures="",
+        gates=conditions_table(page, against), body=body, setup=setup,
+        footer=page.said("footer", version=__version__), data=chart_data(page, header, charts),
+        echarts=Markup(echarts), script=Markup(script)) + "\n"
 
 
 # ==================================================================================================
@@ -11995,6 +12481,67 @@ def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[
     with WholeFile(os.path.join(directory, REPORT)) as file:
         file.write(render_report(summary, header, stages, collector.end, assets))
     return summary
+
+
+# Comparisons. compare.html is a function of the runs' records as report.html is: made again, it replaces an older one.
+# Any other file that stands in its place is not touched.
+
+MOST_COMPARED = 12
+LETTERS = "ABCDEFGHIJKL"
+
+
+def collect_run(directory: str, notice: Callable[[str], None]) -> Collector:
+    """Everything that a directory's results.jsonl says of its run; raises UserError."""
+    path = os.path.join(directory, RESULTS)
+    if not os.path.isfile(path):
+        raise UserError("%s holds no %s; name a directory that a run left" % (directory, RESULTS))
+    collector = Collector()
+    for number, line in enumerate(read_lines(path, notice), 1):
+        try:
+            collector.add(line)
+        except (LookupError, TypeError, ValueError):
+            raise UserError("%s line %d is not a record; restore or remove that line" % (path, number)) from None
+    return collector
+
+
+def check_comparison_file(path: str) -> None:
+    """Refuses a place for compare.html that can't be written, or that holds anything but an older comparison."""
+    place = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError("--out %s cannot be written to; name another file" % path)
+    if not os.path.exists(path):
+        return
+    try:
+        with open(path, "rb") as file:
+            known = b'<body class="%s">' % COMPARISON_PAGE.encode("ascii") in file.read(1 << 18)
+    except OSError as error:
+        raise UserError("--out %s cannot be read: %s" % (path, error.strerror or error)) from None
+    if not known:
+        raise UserError("--out %s is there and is no comparison; name another file" % path)
+
+
+def read_runs(
+    directories: Sequence[str], conditions: Sequence[Condition], notice: Callable[[str], None]
+) -> List[ComparedRun]:
+    """The runs of these directories, as they are compared; raises UserError."""
+    if len(directories) < 2:
+        raise UserError("compare needs two directories at least; name the run to compare with first")
+    if len(directories) > MOST_COMPARED:
+        raise UserError("compare takes %d directories at most; the first is compared with each other" % MOST_COMPARED)
+    places = list(map(os.path.realpath, directories))
+    twice = [directory for directory, place in zip(directories, places) if places.count(place) > 1]
+    if twice:
+        raise UserError("%s is given twice; name each run's directory once" % twice[-1])
+    return [compared_run(letter, directory, collect_run(directory, notice), conditions)
+            for letter, directory in zip(LETTERS, directories)]
+
+
+def write_comparison(
+    path: str, first: ComparedRun, against: Sequence[Against], language: str, assets: Mapping[str, bytes]
+) -> None:
+    """compare.html; raises WriteError."""
+    with WholeFile(path) as file:
+        file.write(render_comparison(first, against, language, assets))
 
 
 # The shards of a run. Host k of n leaves a directory of its own. Its requests are those whose number i has i mod n = k:
@@ -12804,6 +13351,112 @@ def selftest_lines(result: Mapping[str, Any], texts: Mapping[str, str]) -> List[
     if any(entry["cpu_percent"] < 85 for entry in result["capacity"]):
         lines.append("  " + texts["terminal.selftest.mock"])
     return lines
+
+# A comparison
+
+
+WORD_COLOURS = {"better": "green", "worse": "red", "unjudged": "yellow"}
+FAIR_COLOURS = {"valid": "green", "caution": "yellow", "invalid": "red"}
+
+
+def comparison_lines(
+    first: ComparedRun, against: Sequence[Against], texts: Mapping[str, str], paint: Callable[[str, str], str]
+) -> List[str]:
+    """Several runs against the first as lines for a terminal: who is who, what is not alike, then every figure."""
+    runs = [first] + [one.run for one in against]
+    rows = [[run.letter, run.place, str(run.header.get("model", "")), str(run.header.get("started_at", ""))[:19],
+             texts["verdict." + run.state.lower()]] for run in runs]  # fmt: skip
+    lines = [printable(line) for line in left_aligned(rows)]
+    state = comparison_state(against)
+    lines += ["", paint(FAIR_COLOURS[state], texts["fair." + state]) + "  " + texts["fair.%s.text" % state]]
+    for reason in all_unfair(texts, against):
+        lines += wrapped(printable("- " + reason.replace("**", "").replace("`", "")), 98, "  ")
+    lines += settings_lines(runs, texts, paint)
+    for one in against:
+        lines += against_lines(first, one, texts, paint)
+    lines += conditions_lines(against, texts, paint)
+    return lines
+
+
+def left_aligned(rows: Sequence[Sequence[str]]) -> List[str]:
+    """Rows as lines with all columns at the left."""
+    widths = [max(text_width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(padded(cell, width, False) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def settings_lines(
+    runs: Sequence[ComparedRun], texts: Mapping[str, str], paint: Callable[[str, str], str]
+) -> List[str]:
+    """The settings in which the runs differ, in columns."""
+    rows = []
+    for setting, values, differ in settings_of(runs):
+        if any(differ):
+            said = [setting_words(texts, setting.key, value) for value in values]
+            short = [text if len(text) < 40 else text[:39] + "…" for text in said]
+            rows.append([texts["setting." + setting.key], *short])
+    if not rows:
+        return []
+    table = left_aligned([[""] + [run.letter for run in runs]] + rows)
+    return ["", paint("bold", texts["setting.differ"])] + ["  " + printable(line) for line in table]
+
+
+def against_lines(
+    first: ComparedRun, one: Against, texts: Mapping[str, str], paint: Callable[[str, str], str]
+) -> List[str]:
+    """One run against the first: the sentence, then a table for each load, and what its marks mean."""
+    sentence = comparison_sentence(texts, first, one).replace("**", "")
+    lines = [""] + [paint("bold", line) for line in wrapped(sentence, 98, "")]
+    for pair in one.pairs:
+        load = load_words(texts, pair.first.name)
+        lines += ["", paint("bold", texts["change.head"].format(a=first.letter, b=one.run.letter, load=load))]
+        lines += pair_lines(first, one, pair, texts, paint)
+    alone = alone_words(texts, first, one)
+    lines += ["", "  " + paint("yellow", alone)] if alone else []
+    notes = [line for note in footnotes(texts, [one]) for line in wrapped(note, 98, "  ")]
+    return lines + ([""] + [paint("dim", note) for note in notes] if notes else [])
+
+
+def pair_lines(
+    first: ComparedRun, one: Against, pair: ComparedPair, texts: Mapping[str, str], paint: Callable[[str, str], str]
+) -> List[str]:
+    """The figures of two stages side by side, with the change, its interval and the word for it."""
+    head = ["", first.letter, one.run.letter, texts["change.change"], texts["change.95"]]
+    rows, words = [head], [("dim", texts["change.word"])]
+    for found in pair.rows:
+        unit = row_unit(found)
+        name = figure_words(texts, found.metric, found.stat) + (", " + unit if unit else "")
+        values = []
+        for stage, value in zip((pair.first, pair.second), found.values):
+            limited = found.stat in ((stage.figures.get(found.metric) or {}).get("limited", ()) if found.stat else ())
+            values.append(row_value(found, value) + "†" * limited)
+        rows.append([name, *values, change_words(texts, found.metric, found.change), interval_words(texts, found)])
+        words.append((WORD_COLOURS.get(found.word, ""), word_of(texts, found)))
+    width = max(map(text_width, align(rows)))
+    lines = []
+    for line, (colour, word) in zip(align(rows), words):
+        line = padded(line, width, False).replace("\u00a0", " ")
+        lines.append("  %s  %s" % (line, paint(colour, word) if colour else word))
+    lines[0] = paint("dim", lines[0])
+    return [line.rstrip() for line in lines]
+
+
+def conditions_lines(
+    against: Sequence[Against], texts: Mapping[str, str], paint: Callable[[str, str], str]
+) -> List[str]:
+    """What became of each --fail-if."""
+    outcomes = [outcome for one in against for outcome in one.outcomes]
+    rows = []
+    for outcome in outcomes:
+        found, relative = outcome.difference, outcome.condition.relative
+        change = change_words(texts, found.metric, found.change, relative).replace("\u00a0", " ")
+        where = "%s · %s" % (outcome.letter, load_words(texts, outcome.name))
+        rows.append([texts["condition." + outcome.state], outcome.condition.text, where, change,
+                     interval_words(texts, found, relative)])  # fmt: skip
+    colours = {"failed": "red", "kept": "green", "unjudged": "yellow"}
+    if not rows:
+        return []
+    painted = [paint(colours[outcome.state], line) for outcome, line in zip(outcomes, left_aligned(rows))]
+    return ["", paint("bold", texts["condition.title"])] + ["  " + line for line in painted]
 
 
 # ==================================================================================================
@@ -14018,7 +14671,7 @@ def find_selftest(host: str) -> Optional[Dict[str, Any]]:
 
 
 # ==================================================================================================
-# 19. Commands: run, report, providers, mock; main()
+# 19. Commands: run, report, compare, providers, mock; main()
 # ==================================================================================================
 #
 # Flags are one table, RUN_FLAGS, from which the parser and `--help` are made and against which the
@@ -14919,6 +15572,74 @@ def command_merge(words: Sequence[str]) -> int:
     return status_of(summary)
 
 
+def compare_parser() -> ArgumentParser:
+    """The parser of `compare`."""
+    parser = ArgumentParser(
+        prog="llmbench compare", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="sets runs side by side: one offline page and a table of what differs, in set-up and figures",
+        epilog="exit status: 0 done; 1 a --fail-if is shown to hold; 2 usage; 5 the page could not be written; with\n"
+        "--fail-if also 3 a run has no successful request, 4 a run is INVALID: nothing is judged",
+    )  # fmt: skip
+    parser.add_argument("directories", metavar="DIR", nargs="+",
+                        help="a directory that a run left; the first is what the others are compared with")
+    parser.add_argument("--out", "-out", default="compare.html", metavar="FILE",
+                        help="the page (default: compare.html); replaces an older comparison and no other file")
+    parser.add_argument("--fail-if", "-fail-if", action="append", default=[], metavar="CHANGE",
+                        help="a change such as ttft.p95>+10%%, ttft.p95>+50ms, throughput<-5%% or success<-1%% "
+                        "(points); exit status 1 when all of its 95 %% interval lies beyond the limit (repeat)")
+    parser.add_argument("--lang", "-lang", type=read_argument(FLAGS["lang"]), metavar="LANG",
+                        help="language of terminal and page: en or zh (default: from the locale)")
+    return parser
+
+
+def read_conditions(texts: Sequence[str]) -> List[Condition]:
+    """The --fail-if conditions; raises UserError."""
+    try:
+        return [parse_condition(text) for text in texts]
+    except ValueError as error:
+        raise UserError("--fail-if %s" % error) from None
+
+
+def compared_status(first: ComparedRun, against: Sequence[Against]) -> int:
+    """The exit status that a comparison's conditions stand for; 0 without any."""
+    outcomes = [outcome for one in against for outcome in one.outcomes]
+    if not outcomes:
+        return EXIT_OK
+    if not all(run.summary["requests"]["success"] for run in [first] + [one.run for one in against]):
+        return EXIT_NO_SUCCESS
+    if not all(one.judged for one in against):
+        return EXIT_CLIENT
+    return EXIT_GATE if any(outcome.state == "failed" for outcome in outcomes) else EXIT_OK
+
+
+def command_compare(words: Sequence[str]) -> int:
+    """`compare DIR DIR…`: one offline compare.html and a table: what differs in the set-up, and in every figure."""
+    given = compare_parser().parse_all(words)
+    conditions = read_conditions(given.fail_if)
+    check_comparison_file(given.out)
+    assets, language = load_assets(), given.lang or language_of_locale()
+    first, *others = read_runs(given.directories, conditions, warn)
+    against = [compare_runs(first, other, conditions) for other in others]
+    for one in against:
+        if conditions and not one.pairs:
+            raise UserError("%s and %s have no load in common; there is nothing to hold --fail-if against"
+                            % (first.place, one.run.place))  # fmt: skip
+    texts = load_texts(assets, language)
+    try:
+        write_comparison(given.out, first, against, language, assets)
+    except WriteError as error:
+        sys.stderr.write("llmbench: error: %s\n" % error)
+        return EXIT_WRITE
+    paint = Paint(sys.stdout)
+    with contextlib.suppress(BrokenPipeError):  # `llmbench … | head` keeps its exit status
+        for line in comparison_lines(first, against, texts, paint):
+            print(line)
+        print("\n%s  %s" % (texts["compare.page"], given.out))
+    for outcome in (outcome for one in against for outcome in one.outcomes if outcome.state == "unjudged"):
+        warn("--fail-if %s could not be judged for %s" % (outcome.condition.text, outcome.letter))
+    return compared_status(first, against)
+
+
 def command_providers(words: Sequence[str]) -> int:
     """`providers`: the registered providers and what each expects."""
     ArgumentParser(prog="llmbench providers", description=command_providers.__doc__).parse_all(
@@ -14971,6 +15692,7 @@ def command_selftest(words: Sequence[str]) -> int:
 COMMANDS: Dict[str, Tuple[Callable[[Sequence[str]], int], str]] = {
     "run": (command_run, "the benchmark (the default)"),
     "report": (command_report, "build summary.json, results.csv and report.html again from results.jsonl alone"),
+    "compare": (command_compare, "set runs side by side: what differs in the set-up, and in every figure"),
     "merge": (command_merge, "join the shards of one run, from their records, into a new directory"),
     "selftest": (command_selftest, "what this host can measure: the tool's own error and capacity"),
     "mock": (command_mock, "the built-in mock LLM server"),

@@ -206,7 +206,7 @@
       }};
     const names = {type: 'custom', silent: true, z: 6, clip: false, tooltip: {show: false}, encode: {x: 0, y: 1},
       data: series.map(function (one, index) {
-        const share = one.dashed ? (index % 2 ? 0.18 : 0.38) : 0.72;  // two that lie on one another keep their names
+        const share = one.at || (one.dashed ? (index % 2 ? 0.18 : 0.38) : 0.72);  // two that lie on one another keep their names
         const at = one.points.find(function (point) { return point[1] >= share; }) || one.points[one.points.length - 1];
         return [Math.log10(at[0]), at[1], index];
       }),
