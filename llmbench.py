@@ -5997,21 +5997,22 @@ def compare_runs(first: ComparedRun, second: ComparedRun, conditions: Sequence[C
 
 
 class Setting(NamedTuple):
-    """One fact of the set-up: key of its name, how it is read from a run, and whether a difference is unfair."""
+    """One fact of the set-up: key, how it is read from a run, whether a difference is unfair, what it usually is."""
 
     key: str
     read: Callable[[ComparedRun], Any]
     unfair: bool
+    usual: Any = None
 
 
-def of_config(name: str, default: Any = None) -> Callable[[ComparedRun], Any]:
-    """A reader of a run's flag."""
-    return lambda run: run.config.get(name, default)
+def flag_setting(name: str, unfair: bool, usual: Any = None) -> Setting:
+    """A flag of `run`; `usual` is its default."""
+    return Setting(name, lambda run: run.config.get(name, usual), unfair, usual)
 
 
-def of_header(name: str) -> Callable[[ComparedRun], Any]:
-    """A reader of a run's header."""
-    return lambda run: run.header.get(name)
+def header_setting(key: str, name: str, unfair: bool) -> Setting:
+    """An entry of the header of results.jsonl."""
+    return Setting(key, lambda run: run.header.get(name), unfair)
 
 
 def workload_of(run: ComparedRun) -> Any:
@@ -6026,24 +6027,18 @@ def clock_of(run: ComparedRun) -> Any:
 
 
 SETTINGS = (
-    Setting("endpoint", of_header("url"), False), Setting("provider", of_header("provider"), True),
-    Setting("model", of_header("model"), True), Setting("arrival", of_config("arrival", "poisson"), True),
-    Setting("ramp", of_config("ramp"), True), Setting("total_requests", of_config("total_requests"), False),
-    Setting("duration", of_config("duration"), False), Setting("warmup", of_config("warmup", 0), True),
-    Setting("workload", workload_of, True), Setting("order", of_config("order", "in-order"), True),
-    Setting("turns", of_config("turns"), True), Setting("trace_speed", of_config("trace_speed", 1.0), True),
-    Setting("unique", of_config("unique", True), True), Setting("seed", of_config("seed", 0), False),
-    Setting("max_tokens", of_config("max_tokens", 256), True), Setting("input_tokens", of_config("input_tokens"), True),
-    Setting("prefix_tokens", of_config("prefix_tokens", 0), True),
-    Setting("output_tokens", of_config("output_tokens"), True), Setting("stream", of_config("stream", True), True),
-    Setting("token_mode", of_config("token_mode", "usage"), True),
-    Setting("think_tags", of_config("think_tags", "auto"), True),
-    Setting("body", of_config("body", {}), True), Setting("header", of_config("header", []), False),
-    Setting("count_connect", of_config("count_connect", False), True),
-    Setting("end_optional", of_config("end_optional", False), False),
-    Setting("timeout", of_config("timeout", 120.0), False), Setting("clock", clock_of, True),
-    Setting("processes", of_config("processes"), False), Setting("tool_version", of_header("tool_version"), False),
-    Setting("python", of_header("python"), False),
+    header_setting("endpoint", "url", False), header_setting("provider", "provider", True),
+    header_setting("model", "model", True), flag_setting("arrival", True, "poisson"), flag_setting("ramp", True),
+    flag_setting("total_requests", False), flag_setting("duration", False), flag_setting("warmup", True, 0),
+    Setting("workload", workload_of, True), flag_setting("order", True, "in-order"), flag_setting("turns", True),
+    flag_setting("trace_speed", True, 1.0), Setting("unique", lambda run: run.config.get("unique", True), True),
+    flag_setting("seed", False, 0), Setting("max_tokens", lambda run: run.config.get("max_tokens", 256), True),
+    flag_setting("input_tokens", True), flag_setting("prefix_tokens", True, 0), flag_setting("output_tokens", True),
+    flag_setting("stream", True, True), Setting("token_mode", lambda run: run.config.get("token_mode", "usage"), True),
+    flag_setting("think_tags", True, "auto"), flag_setting("body", True, {}), flag_setting("header", False, []),
+    flag_setting("count_connect", True, False), flag_setting("end_optional", False, False),
+    flag_setting("timeout", False, 120.0), Setting("clock", clock_of, True), flag_setting("processes", False),
+    header_setting("tool_version", "tool_version", False), header_setting("python", "python", False),
 )  # fmt: skip
 LENGTH_APART = 0.05  # of the mean length of prompts or answers: more makes times and token rates another matter
 CACHED_APART = 5.0  # points of the share of prompt tokens that came from a cache
@@ -6067,7 +6062,7 @@ def settings_of(runs: Sequence[ComparedRun]) -> List[Tuple[Setting, List[Any], L
         if setting.key in SET_BY_LOAD and not any(is_open(stage.load) for run in runs for stage in run.stages):
             continue
         values = [setting.read(run) for run in runs]
-        if all(value in (None, "", [], {}) for value in values):
+        if all(value in (None, "", setting.usual) for value in values):  # nobody chose it
             continue
         found.append((setting, values, [not same_setting(setting.key, values[0], value) for value in values]))
     return found
@@ -11739,7 +11734,7 @@ def body_of(page: Page, summary: Mapping, stages: Sequence[StageView], shown: St
     return joined((trust, fail, page.fill("anyway", summary=page.said("anyway"), content=inner)))
 
 
-ANCHORS = ("stages", "differences", "fail", "dist", "where", "time", "slow", "trust", "setup")
+ANCHORS = ("stages", "differences", "fail", "dist", "where", "time", "slow", "trust", "setup", "settings")
 
 
 def navigation(page: Page, body: str) -> Markup:
@@ -11803,6 +11798,7 @@ def render_report(summary: Mapping, header: Mapping, rows: Sequence["Rows"],
 
 COMPARISON_PAGE = "comparison"  # the class of its body, by which an older one is known and may be replaced
 RUN_COLOURS = ("a", "b", "think", "queue", "head", "connect")  # from the seventh run on they come again, dashed
+NAME_HEIGHTS = (0.62, 0.84, 0.3, 0.45, 0.15, 0.74)  # where along a curve its name stands: apart from the others'
 HEADLINES = (("success_rate", ""), ("ttft_ms", "p50"), ("latency_ms", "p50"), ("tpot_ms", "p50"),
              ("output_tokens_per_s", ""))  # what the table over several loads shows
 Said = Mapping[str, str]  # the texts of one language
@@ -11862,12 +11858,12 @@ def row_unit(found: Difference) -> str:
     return row_scale(found).unit if found.metric.endswith("_ms") else METRICS[found.metric].unit
 
 
-def row_value(found: Difference, value: Optional[float]) -> str:
-    """One value of a row."""
+def row_value(texts: Said, found: Difference, value: Optional[float]) -> str:
+    """One value of a row in a language."""
     if value is None:
         return DASH
     if is_in_points(found.metric):
-        return percent_number(value) + "\u00a0%"
+        return texts["change.percent"].format(n=percent_number(value))
     return figure(value / row_scale(found).divisor) if found.metric.endswith("_ms") else figure(value)
 
 
@@ -11997,14 +11993,14 @@ def axis_end(against: Sequence[Against]) -> float:
     reached = [abs(end) for one in against for row in one.rows for end in (row.low, row.high, row.change)
                if end is not None and row.likely is not None]
     most = min(max(reached, default=0.1), 1.0) or 0.1
-    steps = [step * 10.0 ** power for power in range(-4, 1) for step in (1, 2, 5)]
+    steps = [step * 10.0 ** power for power in range(-4, 1) for step in (1, 2, 3, 5)]
     return next(step for step in steps if step >= most * 0.999)
 
 
 def change_mark(page: Page, found: Difference, end: float) -> Markup:
     """A change as a dot with its interval on an axis from -end to +end; zero is in the middle."""
     if found.change is None or found.low is None or found.high is None:
-        return page.fill("axis", kind="empty", mark="")
+        return page.fill("axis", kind="", mark="")
     low, high, dot = (50.0 + 50.0 * max(-1.0, min(1.0, value / end)) for value in (found.low, found.high, found.change))
     cut = (" cut-low" if found.low < -end else "") + (" cut-high" if found.high > end else "")
     mark = page.fill("change_mark", low="%.2f" % low, width="%.2f" % max(0.3, high - low), dot="%.2f" % dot)
@@ -12022,7 +12018,7 @@ def change_row(page: Page, pair: ComparedPair, found: Difference, end: float) ->
     def value_cell(stage: ComparedStage, value: Optional[float]) -> Cell:
         block = stage.figures.get(found.metric) if found.stat else None
         mark = dagger(page, block, found.stat) if block and found.stat.startswith("p") else Markup("")
-        return Cell(joined((page.html(row_value(found, value)), mark)), "number value")
+        return Cell(joined((page.html(in_both(page, row_value, found, value)), mark)), "number value")
 
     unit = row_unit(found)
     name = in_both(page, lambda texts: figure_words(texts, found.metric, found.stat) + (", " + unit if unit else ""))
@@ -12081,13 +12077,13 @@ def compared_curves(page: Page, first: ComparedRun, group: LoadGroup, letters: s
     for place, (letter, stage) in enumerate(drawn):
         statistic, number = stage.figures[metric], letters.index(letter)
         marks = [[statistic[stat], int(stat[1:]) / 100] for stat in MARKED_PERCENTILES]
-        at = round(0.62 + 0.22 * (place % 2) - 0.06 * (place // 2), 2)  # where its name stands: apart from the others'
-        series.append({"name": letter, "colour": RUN_COLOURS[number % len(RUN_COLOURS)], "at": at,
+        series.append({"name": letter, "colour": RUN_COLOURS[number % len(RUN_COLOURS)],
+                       "at": NAME_HEIGHTS[place % len(NAME_HEIGHTS)],
                        "dashed": number >= len(RUN_COLOURS),
                        "points": curve_points(stage.samples[metric].ordered), "marks": marks})
         words.append("%s %s" % (letter, figures_text(statistic, scale_of(statistic))))
     spec = {"kind": "curves", "series": series, "x": page.said("axis.time")}
-    return Chart(spec, page.said("finding.answered", figures="; ".join(words)), page.said("panel.answered.sub"))
+    return Chart(spec, page.said("finding.answered", figures="; ".join(words)), page.said("panel.compare.sub"))
 
 
 COMPARED_CURVES = ("ttft_ms", "latency_ms", "tpot_ms")
@@ -12103,7 +12099,7 @@ def compared_stage_block(page: Page, first: ComparedRun, group: LoadGroup, lette
             panel = Panel("compare_" + metric[:-3], compared_curves)
             panels.append(panel_markup(page, panel, chart, charts, "%d-" % group.number))
     tables = [change_table(page, first, one, pair, ends[one.run.letter]) for one, pair in group.pairs]
-    return joined(([page.fill("grid", panels=joined(panels))] if panels else []) + tables)
+    return joined(([page.fill("thirds", panels=joined(panels))] if panels else []) + tables)
 
 
 def overview_row(page: Page, one: Against, pair: ComparedPair) -> Tuple[str, List[Cell]]:
@@ -12183,7 +12179,7 @@ def fact_rows(page: Page, runs: Sequence[ComparedRun]) -> List[Tuple[Text, List[
             apart = [mean is not None and means[0] is not None and abs(mean / means[0] - 1.0) > LENGTH_APART
                      for mean in means]
             found.append((page.said("setting.mean_" + side), [figure(mean) for mean in means], apart))
-    return found
+    return sorted(found, key=lambda row: not any(row[2]))  # what differs first
 
 
 def mean_length(run: ComparedRun, side: str) -> Optional[float]:
@@ -12206,7 +12202,7 @@ def setup_comparison(page: Page, runs: Sequence[ComparedRun]) -> Markup:
                             tools=page.fill("copy"), content=table(page, head, rows, "settings"))
     lists = [list_of_facts(page, method, "definitions", title=page.said("method.title")),
              list_of_facts(page, defined, "definitions", title=page.said("definitions"))]
-    return section(page, "setup", joined([facts_table] + lists))
+    return section(page, "settings", joined([facts_table] + lists))
 
 
 def outcome_words(texts: Said, outcome: Outcome) -> str:
@@ -13221,7 +13217,7 @@ def verdict_lines(
 def wrapped(text: str, width: int, indent: str) -> List[str]:
     """A text as lines of at most `width` columns, the later ones indented by two more; CJK text breaks anywhere."""
     lines, line = [], indent
-    for word in re.findall(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+\s*|\s+", text):
+    for word in re.findall(r"[\u2e80-\uffef]|[^ \t\n\u2e80-\uffef]+[ \t\n]*|[ \t\n]+", text):  # not at a hard space
         if text_width(line + word.rstrip()) > width:
             lines.append(line.rstrip())
             line = indent + "  "
@@ -13428,7 +13424,7 @@ def pair_lines(
         values = []
         for stage, value in zip((pair.first, pair.second), found.values):
             limited = found.stat in ((stage.figures.get(found.metric) or {}).get("limited", ()) if found.stat else ())
-            values.append(row_value(found, value) + "†" * limited)
+            values.append(row_value(texts, found, value) + "†" * limited)
         rows.append([name, *values, change_words(texts, found.metric, found.change), interval_words(texts, found)])
         words.append((WORD_COLOURS.get(found.word, ""), word_of(texts, found)))
     width = max(map(text_width, align(rows)))

@@ -192,7 +192,9 @@
     const series = spec.series.map(function (one) { return Object.assign({}, one, {points: pairs(one.points)}); });
     const all = [].concat.apply([], series.map(function (one) { return one.points.map(function (point) { return point[0]; }); }));
     const low = Math.log10(Math.min.apply(null, all)), high = Math.log10(Math.max.apply(null, all));
-    const pad = Math.max(0.03, (high - low) * 0.02), ticks = logTicks(low - pad, high + pad, look.width - 60);
+    const pad = Math.max(0.03, (high - low) * 0.02);
+    let ticks = logTicks(low - pad, high + pad, look.width - 60);
+    if (ticks.length < 3) ticks = ticksBetween(Math.pow(10, low - pad), Math.pow(10, high + pad), 5).map(Math.log10);  // a narrow range
     const shareName = function (share) {
       return share === 0.5 ? 'P50' : share === 0.95 ? 'P95' : Math.round(share * 100) + (language() ? '%' : ' %');
     };
