@@ -9,22 +9,26 @@ and a section uses only what stands above it (`grep -n '^# [0-9]' llmbench.py` l
  1. Vocabulary   the words, the record, the configuration, every metric's definition
  2. SSE          bytes -> events
  3. HTTP         request encoding; response bytes -> body bytes
- 4. Signing      secrets -> the headers that prove who asks
- 5. Providers    prompt -> HTTP request; event -> frames
- 6. Registry     all providers by name
- 7. Workload     files and built-ins -> prompts
- 8. Statistics   records -> summary; two runs compared
- 9. Load         which request belongs to which part, and when it is due
-10. Connection   sockets, TLS, arrival stamps, keep-alive
-11. Exchange     one request from its first byte to its end
-12. Runner       load + prompts + connections -> records
-13. Processes    the same in several processes
-14. Report       summary and rows -> one offline page
-15. Artifacts    records, summary <-> files
-16. Terminal     progress and tables
-17. Mock         the built-in server
-18. Check        what a run needs to know before it starts
-19. Commands     run, report, compare, mock, providers; main()
+ 4. Steps        what a signature is computed with
+ 5. Signing      secrets -> the headers that prove who asks
+ 6. Providers    prompt -> HTTP request; event -> frames
+ 7. Registry     all providers by name
+ 8. Workload     files and built-ins -> prompts
+ 9. Statistics   records -> summary; two runs compared
+10. Comparison   two runs, and what of their difference is more than chance
+11. Load         which request belongs to which part, and when it is due
+12. Connection   sockets, TLS, arrival stamps, keep-alive
+13. Exchange     one request from its first byte to its end
+14. Runner       load + prompts + connections -> records
+15. Processes    the same in several processes
+16. Report       summary and rows -> one offline page
+17. Exits        a run for a ticket, for a CI server, in one archive
+18. Artifacts    records, summary <-> files
+19. Terminal     progress and tables
+20. Mock         the built-in server
+21. Probes       what a run needs to know before it starts, what this host can measure
+22. Check        what an endpoint and the way to it are like
+23. Commands     run, check, report, compare, mock, providers; main()
 """
 
 from __future__ import annotations
@@ -70,6 +74,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Awaitable,
+    BinaryIO,
     Callable,
     Coroutine,
     Deque,
@@ -227,6 +232,7 @@ class Record:
     out_tokens_target: Optional[int] = None
     out_chars: Optional[int] = None
     out_crc32: Optional[str] = None
+    rewrites: Optional[int] = None
     reasoning_chars: Optional[int] = None
     finish_reason: Optional[str] = None
     reused: Optional[bool] = None
@@ -406,7 +412,8 @@ class Config:
     """What a run does: the flags of `run` after reading, under the flags' own names (durations in seconds)."""
 
     url: str = ""
-    provider: str = "openai"
+    provider: str = "openai"  # a name, or the path of a file
+    provider_file: Optional[str] = None
     model: str = ""
     token: str = ""
     auth: Optional[str] = None  # None: the provider's own scheme
@@ -450,10 +457,13 @@ class Config:
     header: List[str] = field(default_factory=list)
     body: Dict[str, Any] = field(default_factory=dict)
     end_optional: bool = False
+    stream: bool = True
     count_connect: bool = False
     record_chunks: bool = False
     seed: int = 0
     out: Optional[str] = None
+    markdown: bool = False
+    junit: bool = False
     processes: Union[int, str] = "auto"
     max_errors: Optional[str] = None
     max_total_tokens: Optional[int] = None
@@ -724,6 +734,7 @@ SECRET_NAME = re.compile(
     r"(^|[-_])(key|sign|sig|auth|pwd|ak|sk)($|[-_]))"
 )
 SECRET_IN_TEXT = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9+/=._~-]{6,}")
+SECRET_JWT = re.compile(r"(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}", re.ASCII)  # wherever it stands
 SECRET_IN_QUERY = re.compile(r"([?&#])([^=&?#\s\"']+)(=)([^&#\s\"']+)")
 SECRET_IN_AUTHORITY = re.compile(r"(?<=://)[^/?#\s\"]+@")  # a password may hold an @ or a quote
 # `"api_key": "…"` in JSON, in JSON inside JSON and as Python prints it; `X-Api-Key: …` and `Cookie: …` to the line end
@@ -753,6 +764,7 @@ def redact(text: str, secrets: Sequence[str] = ()) -> str:
     text = SECRET_IN_AUTHORITY.sub("***@", text)
     for pattern in (SECRET_IN_QUERY, SECRET_IN_FIELD, SECRET_IN_HEADER):
         text = pattern.sub(hide_value, text)
+    text = SECRET_JWT.sub("***", text)
     return SECRET_IN_TEXT.sub(lambda m: m.group(1) + " ***", text)
 
 
@@ -784,6 +796,11 @@ def spellings(secret: str) -> List[str]:
     written = json.dumps(secret, ensure_ascii=False)[1:-1]
     ways = (secret, written, json.dumps(secret)[1:-1], written.replace("/", "\\/"), urllib.parse.quote(secret, safe=""))
     return list(dict.fromkeys(ways))
+
+
+def read_no_constant(name: str) -> NoReturn:
+    """Refuses NaN and Infinity, which Python reads and writes but JSON does not have."""
+    raise ValueError(name)
 
 
 def read_duration(text: str) -> float:
@@ -836,10 +853,12 @@ def bucket_ms(bucket: int) -> float:
 #
 # Where we differ from a browser: `id` and `retry` serve reconnection, which a benchmark must not
 # do, and are ignored; and after a *clean* end of the body an unterminated tail counts when it is
-# JSON or [DONE], since several gateways forget the last blank line. An event is a plain tuple
+# JSON or [DONE], since several gateways forget the last blank line. Errors that stand beside the
+# fields are found by `LooseSSEParser`. An event is a plain tuple
 # (type, data) because making anything richer for each event would be the largest cost of the file.
 
 Event = Tuple[str, bytes]
+STRAY = "stray"  # the type of what is JSON but stands in no field
 CR = 13  # `in` finds a number in bytes three times faster than a byte string
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DONE = b"[DONE]"
@@ -950,6 +969,27 @@ class SSEParser:
             elif name == b"event":
                 kind = value.decode("utf-8", "replace") or "message"
         return [(kind, b"\n".join(data))] if data else []
+
+
+class LooseSSEParser(SSEParser):
+    """The same, and errors that servers put beside the standard's fields, which a browser would skip.
+
+    A field `error` is an event of that type (llama.cpp until September 2025, before a [DONE] that claims success); JSON
+    that stands in no field, pretty-printed or not, is one of the type STRAY (Gemini, Qianfan v1).
+    """
+
+    BESIDE = re.compile(rb"^(?:error:|[{\[])", re.M)
+
+    def _block(self, block: bytes) -> List[Event]:
+        events = super()._block(block)
+        found = self.BESIDE.search(block)
+        if found is None:
+            return events
+        kind, data = STRAY, block[found.start() :]
+        if found.group() == b"error:":
+            kind, data = "error", data.split(b"\n")[0][len(b"error:") :]
+        data = data.strip()
+        return [*events, (kind, data)] if data != b"{}" and is_complete_data(data) else events
 
 
 class NDJSONParser:
@@ -1375,25 +1415,21 @@ class ResponseReader:
                 self._finish(rest)
                 return b""
 # ==================================================================================================
-# 4. Signing: secrets to the headers that prove who asks
+# 4. Steps: what a signature is computed with
 # ==================================================================================================
 #
-# Pure functions of a request and its secrets: what is sent, a moment and a nonce go in, headers come out.
+# Pure functions of a request and its secrets: what is sent, a moment and a nonce go in, texts and bytes come out.
 # Nothing here reads a clock, a file or the environment, so each vector that a vendor published is a test.
-# A header that depends on neither moment nor body is made once; one that does is made at send time, over
-# the very bytes that are sent.
 #
-# A *scheme* (`Auth`) is a vendor's way in code; AUTHS lists them. What they have in common (a canonical
-# request, its hash, a string to sign, a key) is in the functions above them. For a gateway that nobody has
-# heard of there are *steps* (`Pipeline`): small expressions over pure functions, each of which may use the
+# First what all signatures have in common: hashes, encodings, a canonical request. Then, for a gateway that
+# nobody has heard of, *steps* (`Pipeline`): small expressions over these functions, each of which may use the
 # values of those before it. They are read by a parser of our own, which knows texts, numbers, names and
 # calls and nothing else, so that a gateway's file can compute a signature and can't do anything else.
 # A mistake in one is found when the file is read, and its error names file, step and column.
 #
-# A header or query parameter may hold `${name}` of a step: what a step sees of the request is what has been
-# filled in by the steps before it, so a signature can cover the time and can't cover itself.
-# A step's name and text may be shown to who looks for the cause of a 401; a secret is in neither: what is
-# computed from a secret otherwise than by a hash over more than it, or is the key of a later hash, is ***.
+# A step's name and text may be shown to who looks for the cause of a 401; a secret is in neither. What is
+# computed from a secret is ***, unless it is a hash over something that each request has anew, as a signature
+# is, and is not the key of a later hash.
 
 Value = Union[str, bytes]
 Headers = List[Tuple[str, str]]
@@ -1430,6 +1466,11 @@ class Signed(NamedTuple):
     steps: List[Tuple[str, str]]
 
 
+def is_secret_option(name: str) -> bool:
+    """Whether an --auth-opt of this name holds a secret: session-token yes, signature-header no."""
+    return is_secret_name(name) and not name.endswith(("-header", "-format"))
+
+
 def bearer_header(token: str) -> Tuple[str, str]:
     """The header that carries a token, as RFC 6750 has it."""
     return "Authorization", "Bearer " + token
@@ -1457,9 +1498,10 @@ def hmac_of(key: Value, message: Value, algorithm: str = "sha256") -> bytes:
     """The raw HMAC."""
     import hmac
 
-    return hmac.new(octets(key), octets(message), algorithm).digest()
+    return hmac.digest(octets(key), octets(message), algorithm)
 
 
+@functools.lru_cache(maxsize=8)  # a key holds for a day
 def key_chain(key: Value, *parts: Value) -> bytes:
     """HMAC-SHA256 of the first part, which is the key for the second, and so on: a key bound to date and service."""
     for part in parts:
@@ -1587,6 +1629,11 @@ class Subject:
             raise UserError("there is no header %s, or it is filled in by a later step" % name)
         return values[0][1]
 
+    def hidden(self, text: str) -> str:
+        """A text without the secrets: what a step refuses may be one."""
+        secret = (name for name in self.values if name in ("secret", "token") or is_secret_option(name))
+        return redact(text, [str(self.values[name]) for name in secret if self.values[name]])
+
     def random_hex(self, count: int) -> str:
         """So many hex digits, the same throughout one request."""
         return (self.nonce if count <= len(self.nonce) else hash_of("more " + self.nonce, "sha512").hex())[:count]
@@ -1696,61 +1743,100 @@ def read_digits(text: str) -> int:
 
 
 class Function(NamedTuple):
-    """A function of the steps. run(subject, *arguments, **options); takes: the arguments, * for any number more.
+    """A function of the steps, and what it gives. run(subject, *arguments, **options).
 
-    options: (name, default, reader); they are constants. hashes: which argument is hashed (its value is no longer a
-    secret's); keyed: which one is the key.
+    takes: the arguments, * for any number more; options: (name, default, reader), which are constants. hashes: which
+    argument is hashed; keyed: which one is the key.
     """
 
+    says: str
     run: Callable[..., Any]
     takes: Tuple[str, ...] = ("value",)
     options: Tuple[Tuple[str, str, Callable[[str], Any]], ...] = ()
     hashes: Optional[int] = None
     keyed: Optional[int] = None
 
+    @property
+    def form(self) -> str:
+        """Its arguments and options, as one writes them."""
+        words = [*self.takes, *("%s=%s" % (name, default) for name, default, _ in self.options)]
+        return "(%s)" % ", ".join(words).replace(", *", ", …")
+
 
 OUT = ("out", "hex", one_of(OUTPUTS))
 FUNCTIONS: Dict[str, Function] = {
     "hmac": Function(
+        "the HMAC of a message",
         lambda _, key, message, alg, out: OUTPUTS[out](hmac_of(key, message, alg)), ("key", "message"),
         (("alg", "sha256", read_hash), OUT), 1, 0,
     ),
-    "chain": Function(lambda _, key, *parts: key_chain(key, *parts), ("key", "part", "*"), (), 1, 0),
-    "join": Function(lambda _, *parts: join_values(*parts), ("separator", "part", "*")),
-    "lower": Function(lambda _, value: as_text(value).lower()),
-    "upper": Function(lambda _, value: as_text(value).upper()),
-    "trim": Function(lambda _, value: as_text(value).strip()),
-    "urlencode": Function(lambda _, value, safe: percent_encode(value, safe), options=(("safe", "", str),)),
-    "b64": Function(lambda _, value: OUTPUTS["b64"](octets(value))),
-    "b64url": Function(lambda _, value: OUTPUTS["b64url"](octets(value))),
-    "b64decode": Function(lambda _, value: decode_base64(value)),
-    "hex": Function(lambda _, value: octets(value).hex()),
+    "chain": Function(
+        "HMAC-SHA256 of the first part, which is the key for the next, and so on; bytes",
+        lambda _, key, *parts: key_chain(key, *parts), ("key", "part", "*"), (), 1, 0,
+    ),
+    **{
+        name: Function(
+            "the hash %s" % name, lambda _, value, out, name=name: OUTPUTS[out](hash_of(value, name)),
+            options=(OUT,), hashes=0,
+        )
+        for name in HASHES
+    },
+    "join": Function("the parts with the separator between them", lambda _, *parts: join_values(*parts),
+                     ("separator", "part", "*")),
+    "lower": Function("in lower case", lambda _, value: as_text(value).lower()),
+    "upper": Function("in capitals", lambda _, value: as_text(value).upper()),
+    "trim": Function("without the blanks around it", lambda _, value: as_text(value).strip()),
     "slice": Function(
+        "the characters from start on, to before end; negative ones count from the end",
         lambda _, value, start, end: as_text(value)[start:end],
         options=(("start", "0", read_whole), ("end", "999999999", read_whole)),
     ),
-    "canon_path": Function(
-        lambda subject, slash: canonical_path(subject.path, slash), (), (("slash", "no", read_yes),)
-    ),
-    "canon_query": Function(lambda subject, skip: canonical_query(subject.query, skip), (), (("skip", "", names_in),)),
-    "canon_headers": Function(
-        canonical_headers, ("names",), (("encode", "no", read_yes), ("lower", "no", read_yes), ("end", "yes", read_yes))
-    ),
-    "header": Function(lambda subject, name: subject.header(as_text(name)), ("name",)),
+    "urlencode": Function("percent-encoded, save letters, digits, -._~ and what is in safe",
+                          lambda _, value, safe: percent_encode(value, safe), options=(("safe", "", str),)),
+    "b64": Function("as base64", lambda _, value: OUTPUTS["b64"](octets(value))),
+    "b64url": Function("as base64 for URLs, without =", lambda _, value: OUTPUTS["b64url"](octets(value))),
+    "b64decode": Function("the bytes of base64, as some keys are given", lambda _, value: decode_base64(value)),
+    "hex": Function("the bytes as hex digits", lambda _, value: octets(value).hex()),
+    "json": Function("`json(value)`: a text as JSON writes it; `json(name=value, …)`: an object",
+                     lambda _, *values, **fields: json_of(*values, **fields), ("value",)),
+    "number": Function("a text of digits as a number, for json", lambda _, value: int(as_text(value))),
     "time": Function(
+        "the request's time in UTC: epoch, epoch_ms, iso, iso_basic, date, date_basic, compact, rfc1123 or a form of "
+        "strftime's; plus: seconds ahead",
         lambda subject, fmt, plus: format_time(subject.moment, fmt, plus), (),
         (("fmt", "epoch", read_time_format), ("plus", "0", read_whole)),
     ),
-    "nonce": Function(lambda subject: subject.nonce, ()),
-    "uuid": Function(NAMES["uuid"], ()),
-    "rand_hex": Function(lambda subject, n: subject.random_hex(n), (), (("n", "32", read_digits),)),
-    "number": Function(lambda _, value: int(as_text(value))),
-    "json": Function(lambda _, *values, **fields: json_of(*values, **fields), ()),
-    **{
-        name: Function(lambda _, value, out, name=name: OUTPUTS[out](hash_of(value, name)), options=(OUT,), hashes=0)
-        for name in HASHES
-    },
+    "nonce": Function("32 random hex digits, the same throughout a request", lambda subject: subject.nonce, ()),
+    "rand_hex": Function("the first n of them", lambda subject, n: subject.random_hex(n), (),
+                         (("n", "32", read_digits),)),
+    "uuid": Function("a UUID made of them", NAMES["uuid"], ()),
+    "header": Function("a header's value", lambda subject, name: subject.header(as_text(name)), ("name",)),
+    "canon_path": Function(
+        "the path, percent-encoded in one way; slash=yes: ends with one",
+        lambda subject, slash: canonical_path(subject.path, slash), (), (("slash", "no", read_yes),),
+    ),
+    "canon_query": Function(
+        "the query sorted and percent-encoded in one way, without the parameters to skip, with blanks between them",
+        lambda subject, skip: canonical_query(subject.query, skip), (), (("skip", "", str.split),),
+    ),
+    "canon_headers": Function(
+        "a line name:value of each of the headers, sorted; encode=yes: percent-encoded, lower=yes: values in lower "
+        "case, end=no: without a line feed after the last",
+        canonical_headers, ("names",),
+        (("encode", "no", read_yes), ("lower", "no", read_yes), ("end", "yes", read_yes)),
+    ),
 }  # fmt: skip
+
+
+class Shade(NamedTuple):
+    """What may be shown of a value. secret: it gives a secret away; derived: it is computed with one, through a hash or
+
+    not; varied: it is another one for each request, so that a hash over it and a secret stands for no secret.
+    """
+
+    secret: bool = False
+    derived: bool = False
+    varied: bool = False
 
 
 class Node(NamedTuple):
@@ -1759,8 +1845,7 @@ class Node(NamedTuple):
     value: Callable[[Subject], Any]
     column: int
     constant: Optional[str] = None
-    secret: bool = False  # its value gives a secret away
-    derived: bool = False  # it is computed with a secret, through a hash or not
+    shade: Shade = Shade()
     names: FrozenSet[str] = frozenset()  # that it mentions
     keys: FrozenSet[str] = frozenset()  # those of them that make the key of a hash
 
@@ -1778,6 +1863,10 @@ WORD = re.compile(
     r"|(?P<name>[A-Za-z_][A-Za-z0-9_]*(?:[:-][A-Za-z0-9_]+)*)|(?P<mark>[(),=])",
     re.DOTALL,
 )
+# Names and functions whose value is another one for each request.
+VARIED = frozenset((
+    "body", "query", "target", "nonce", "uuid", "time", "rand_hex", "header", "canon_headers", "canon_query"
+))  # fmt: skip
 DEEPEST = 40  # calls inside each other
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "\\": "\\", "'": "'", '"': '"'}
 
@@ -1785,10 +1874,10 @@ ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "\\": "\\", "'": "'", '"'
 class Parser:
     """Compiles one expression into a Node, by recursive descent; raises UserError that names place and column."""
 
-    def __init__(self, text: str, where: str, names: Mapping[str, Tuple[bool, bool]]) -> None:
+    def __init__(self, text: str, where: str, names: Mapping[str, Shade]) -> None:
         self._text = text
         self._where = where
-        self._names = names  # to whether its value is a secret, or derived from one
+        self._names = names
         self._tokens = self._tokenize()
         self._at = self._depth = 0
 
@@ -1824,9 +1913,9 @@ class Parser:
         self._at += 1
         return self._tokens[self._at - 1]
 
-    def _expect(self, mark: str) -> None:
+    def _expect(self, mark: str, said: str) -> None:
         if (self._next.kind, self._next.text) != ("mark", mark):
-            self._fail(self._next, "expected %r, not %s" % (mark, repr(self._next.text or "the end").replace("'", "")))
+            self._fail(self._next, "expected %s before %s" % (said, self._next.text or "the end"))
         self._take()
 
     def _expression(self) -> Node:
@@ -1837,6 +1926,8 @@ class Parser:
             text = self._unescaped(token)
             return Node(lambda _: text, token.column, constant=text)
         if token.kind == "number":
+            if len(token.text) > 20:
+                self._fail(token, "a number of more than 20 digits; write it in quotes")
             return Node(lambda _: int(token.text), token.column, constant=token.text)
         if token.kind == "name" and (self._next.kind, self._next.text) == ("mark", "("):
             self._depth += 1
@@ -1864,19 +1955,18 @@ class Parser:
             self._fail(token, "%s is not known here%s" % (name, hint))
         known = NAMES.get(name)
         value = known if known is not None else lambda subject: subject.values[name]
-        secret, derived = self._names[name]
-        return Node(value, token.column, None, secret, derived, frozenset([name]))
+        return Node(value, token.column, None, self._names[name], frozenset([name]))
 
     def _call(self, token: Word) -> Node:
         if token.text not in FUNCTIONS:
             self._fail(token, "there is no function %s%s" % (token.text, nearest(token.text, FUNCTIONS)))
         function = FUNCTIONS[token.text]
-        self._expect("(")
+        self._take()  # the parenthesis
         given: List[Node] = []
         named: Dict[str, Node] = {}
         while (self._next.kind, self._next.text) != ("mark", ")"):
             if given or named:
-                self._expect(",")
+                self._expect(",", ", or )")
             following = self._tokens[self._at + 1] if self._next.kind == "name" else self._next
             if (following.kind, following.text) == ("mark", "="):
                 name = self._take().text
@@ -1900,24 +1990,19 @@ class Parser:
         endless = "*" in function.takes
         count = len(given) if endless else min(len(given), len(takes))
         if count < len(takes):
-            self._fail(token, "%s needs %s" % (token.text, self._form(function)))
+            self._fail(token, "%s needs %s" % (token.text, function.form))
         known = [name for name, _, _ in function.options]
         options = dict(zip(known, given[count:]))
         if len(given) - count > len(known):
-            self._fail(given[count + len(known)], "%s takes no more than %s" % (token.text, self._form(function)))
+            self._fail(given[count + len(known)], "%s takes no more than %s" % (token.text, function.form))
         for name, node in named.items():
             if name not in known or name in options:
-                self._fail(node, "%s takes %s once%s" % (token.text, self._form(function), nearest(name, known)))
+                self._fail(node, "%s takes %s once%s" % (token.text, function.form, nearest(name, known)))
             options[name] = node
         return list(given[:count]), {
             name: self._option(name, read, options[name]) if name in options else read(default)
             for name, default, read in function.options
         }
-
-    @staticmethod
-    def _form(function: Function) -> str:
-        words = [*function.takes, *("%s=%s" % (name, default) for name, default, _ in function.options)]
-        return "(%s)" % ", ".join(words).replace(", *", ", …")
 
     def _option(self, name: str, read: Callable[[str], Any], node: Node) -> Any:
         if node.constant is None:
@@ -1941,7 +2026,7 @@ class Parser:
     def _over(parts: Sequence[Node], node: Node) -> Node:
         """A node with what its parts tell of secrets."""
         return node._replace(
-            secret=any(part.secret for part in parts), derived=any(part.derived for part in parts),
+            shade=Shade(*(any(flags) for flags in zip(node.shade, *(part.shade for part in parts)))),
             names=frozenset().union(*(part.names for part in parts)),
             keys=node.keys.union(*(part.keys for part in parts)),
         )  # fmt: skip
@@ -1950,7 +2035,7 @@ class Parser:
         self, token: Word, function: Function, arguments: Sequence[Node], options: Mapping[str, Any]
     ) -> Node:
         values, run, hashed = [node.value for node in arguments], function.run, function.hashes
-        hidden = hashed is not None and arguments[hashed].secret
+        hidden = hashed is not None and arguments[hashed].shade.secret
 
         def value(subject: Subject) -> Any:
             parts = [part(subject) for part in values]
@@ -1959,11 +2044,11 @@ class Parser:
             return run(subject, *parts, **options)
 
         keys = arguments[function.keyed].names if function.keyed is not None else frozenset()
-        node = self._over(arguments, Node(self._guarded(token, value), token.column, keys=keys))
-        if hashed is None:
+        shade = Shade(varied=token.text in VARIED)
+        node = self._over(arguments, Node(self._guarded(token, value), token.column, shade=shade, keys=keys))
+        if hashed is None or not node.shade.varied:
             return node
-        # A hash over more than the secret can be shown: it is what is sent.
-        return node._replace(secret=node.secret and all(n.secret or n.constant is not None for n in arguments))
+        return node._replace(shade=node.shade._replace(secret=False))  # it is what is sent
 
     def _guarded(self, token: Word, value: Callable[[Subject], Any]) -> Callable[[Subject], Any]:
         """The value, with what it refuses as a UserError of this place."""
@@ -1972,12 +2057,12 @@ class Parser:
             try:
                 return value(subject)
             except (ValueError, TypeError) as error:
-                said = "takes another kind of value" if isinstance(error, TypeError) else str(error)
+                said = "takes another kind of value" if isinstance(error, TypeError) else subject.hidden(str(error))
                 self._fail(Node(run, token.column), "%s: %s" % (token.text, said))
             except UserError as error:
                 if str(error).startswith(self._where):
                     raise
-                self._fail(Node(run, token.column), "%s" % error)
+                self._fail(Node(run, token.column), subject.hidden(str(error)))
 
         return run
 
@@ -1997,9 +2082,9 @@ class Pipeline:
     """
 
     def __init__(self, steps: Sequence[Mapping[str, Any]], where: str, options: Iterable[str] = ()) -> None:
-        names = {name: (name in ("secret", "token"),) * 2 for name in NAMES}
+        names = {name: Shade(*(name in ("secret", "token"),) * 2, name in VARIED) for name in NAMES}
         for option in options:
-            names[option] = names["option:" + option] = (is_secret_name(option),) * 2
+            names[option] = names["option:" + option] = Shade(*(is_secret_option(option),) * 2)
         compiled: List[Tuple[str, Node]] = []
         if not isinstance(steps, (list, tuple)):
             raise UserError('%s: sign must be a list of steps such as {"set": "ts", "to": "time()"}' % where)
@@ -2009,10 +2094,12 @@ class Pipeline:
             if name in names:
                 raise UserError("%s: the name %s is taken; choose another" % (place, name))
             node = Parser(text, place, names).parse()
-            names[name] = node.secret, node.derived
+            names[name] = node.shade
             compiled.append((name, node))
         keys = {key for _, node in compiled for key in node.keys}
-        self.steps = [Step(name, node, node.secret or (node.derived and name in keys)) for name, node in compiled]
+        self.steps = [
+            Step(name, node, node.shade.secret or (node.shade.derived and name in keys)) for name, node in compiled
+        ]
         self.names = [step.name for step in self.steps]
 
     @staticmethod
@@ -2041,8 +2128,18 @@ class Pipeline:
         return shown
 
 
-# Schemes: a vendor's way in code.
-
+# ==================================================================================================
+# 5. Signing: secrets to the headers that prove who asks
+# ==================================================================================================
+#
+# A *scheme* (`Auth`) is a vendor's way in code, or the steps of a gateway's file; AUTHS lists them. A header
+# that depends on neither moment nor body is made once; one that does is made at send time, over the very
+# bytes that are sent. A header or query parameter may hold `${name}` of a step: what a step sees of the
+# request is what has been filled in by the steps before it, so a signature can cover the time and can't
+# cover itself.
+#
+# Some endpoints want a token that must be asked for first. What is asked and how the answer is read stands
+# here; who asks, when and again is the Runner's (`TokenKeeper`), beside the requests that are measured.
 
 SIGNED_NAMES = "names of the headers to sign, with ; between them"
 
@@ -2091,7 +2188,7 @@ class Auth:
         if not self.explaining:
             return []
         hidden = [self.secrets.secret, self.secrets.token]
-        hidden += [value for name, value in self.secrets.options.items() if is_secret_name(name)]
+        hidden += [value for name, value in self.secrets.options.items() if is_secret_option(name)]
         masked = []
         for name, text in steps:
             for word in hidden:
@@ -2493,6 +2590,7 @@ class TokenExchange:
         self._where, self._form, self._secrets = where, form, secrets
         for key, kind, said in (("url", str, "a text"), ("method", str, "a text"), ("headers", dict, "an object"),
                                 ("form", dict, "an object"), ("token", str, "a path or header:NAME"),
+                                ("auth", str, "a text"), ("auth_options", dict, "an object"),
                                 ("expires_in", (str, int, float), "a path or seconds")):  # fmt: skip
             if key in form and not isinstance(form[key], kind):
                 raise UserError("%s: exchange.%s must be %s" % (where, key, said))
@@ -2501,6 +2599,10 @@ class TokenExchange:
             url = other if "?" in other else other + "".join(url.partition("?")[1:])
         if not re.match(r"^https?://[^/?#@]+([/?].*)?\Z", url):
             raise UserError("%s: exchange needs a url with http:// or https://, a host and no password" % where)
+        try:
+            _ = urlsplit(url).port
+        except ValueError:
+            raise UserError("%s: exchange has a url with a port that is none" % where) from None
         if "body" in form and "form" in form:
             raise UserError("%s: exchange takes body or form, not both" % where)
         if not form.get("token"):
@@ -2788,7 +2890,7 @@ def is_renewed(config: Config, auth: Auth) -> bool:
         refresh_seconds(config)
     if auth.exchange is not None:
         return True
-    if config.token_source and "token" in auth.needs:
+    if config.token_source:
         return asked or jwt_expiry(config.token) is not None
     if asked:
         raise UserError("--auth-opt refresh needs a token to ask for again: --token cmd:COMMAND or file:PATH")
@@ -2804,7 +2906,7 @@ def refresh_seconds(config: Config) -> Optional[float]:
 
 
 # ==================================================================================================
-# 5. Providers: a prompt to an HTTP request, an event to frames
+# 6. Providers: a prompt to an HTTP request, an event to frames
 # ==================================================================================================
 #
 # A provider owns four things and nothing else: the request (path, headers, body), what the first
@@ -2863,21 +2965,35 @@ class Endpoint(NamedTuple):
 EXACT_FIELDS: Dict[str, Callable[[int], Any]] = {"ignore_eos": lambda _: True, "min_tokens": lambda tokens: tokens}
 
 
+# The two spellings of the longest answer that chat servers have.
+SPELLINGS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+
+
 class Dialect:
     """The fields that we add on our own and that this endpoint takes; `version` grows when one is given up.
 
-    An endpoint that answers 400 to such a field is asked once without it; see `Runner`. exact: the fields that ask
-    for an answer of just so many tokens, once a run has wanted that.
+    An endpoint that answers 400 to such a field is asked once without it; see `Runner`. optional: those that an
+    answer can do without, as dotted names; exact: those that ask for an answer of just so many tokens, once a run
+    has wanted that; max_tokens_field: how the longest answer is spelt, given up for the other spelling if it has one.
     """
 
-    def __init__(self, max_tokens_field: Optional[str] = None) -> None:
-        self.stream_options = True
+    def __init__(
+        self, max_tokens_field: Optional[str] = None, optional: Sequence[str] = ("stream_options",),
+        exact: Sequence[str] = tuple(EXACT_FIELDS), spelling: str = "max_tokens",
+    ) -> None:  # fmt: skip
+        self.optional = tuple(optional)
         self.exact: Tuple[str, ...] = ()
-        self.max_tokens_field = max_tokens_field or "max_tokens"
+        self.max_tokens_field = max_tokens_field or spelling
         self.version = 0
         self.notes: List[str] = []
-        self._fixed = max_tokens_field is not None
+        self._exact_names = tuple(exact)
+        self._fixed = max_tokens_field is not None or spelling not in SPELLINGS
         self._tried: set = set()
+
+    @property
+    def stream_options(self) -> bool:
+        """Whether stream_options are sent."""
+        return "stream_options" in self.optional
 
     def copy(self) -> "Dialect":
         """An independent dialect with the same fields, to try a change on."""
@@ -2889,25 +3005,25 @@ class Dialect:
     def without(self, body: str) -> Optional["Dialect"]:
         """The dialect to try after a 400 with this body; None when there is nothing left to give up.
 
-        A body that names one of our fields says which; one that names none is taken to mean stream_options.
+        A body that names some of our fields says which; one that names none is taken to mean all that are optional,
+        and after them those that ask for an exact length.
         """
         other = self.copy()
-        refused = [name for name in self.exact if name in body]
-        if refused:
-            self._give_up(other, refused)
+        exact = [name for name in self.exact if is_named(name, body)]
+        left = [name for name in self.optional if name not in self._tried]
+        optional = [name for name in left if is_named(name, body)] or left
+        if exact:
+            self._give_up_exact(other, exact)
         elif not self._fixed and self.max_tokens_field in body and "max_tokens" not in self._tried:
             self._tried.add("max_tokens")
-            swap = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
-            other.max_tokens_field = swap[self.max_tokens_field]
+            other.max_tokens_field = SPELLINGS[self.max_tokens_field]
             other.notes.append(
                 "the endpoint refuses %s; %s is sent instead" % (self.max_tokens_field, other.max_tokens_field)
             )
-        elif self.stream_options and "stream_options" not in self._tried:
-            self._tried.add("stream_options")
-            other.stream_options = False
-            other.notes.append("the endpoint refuses stream_options; usage is read where it is sent unasked")
+        elif optional:
+            self._give_up(other, optional)
         elif self.exact:
-            self._give_up(other, self.exact)
+            self._give_up_exact(other, self.exact)
         else:
             return None
         other.version += 1
@@ -2917,11 +3033,18 @@ class Dialect:
         """The fields that ask for an exact length and that are not given up; from now on they are among ours."""
         if "exact" not in self._tried:
             self._tried.add("exact")
-            self.exact = tuple(EXACT_FIELDS)
+            self.exact = self._exact_names
         return self.exact
 
+    def _give_up(self, other: "Dialect", names: Sequence[str]) -> None:
+        """Takes optional fields out."""
+        self._tried.update(names)
+        other.optional = tuple(name for name in other.optional if name not in names)
+        without = "usage is read where it is sent unasked" if "stream_options" in names else "it is asked without"
+        other.notes.append("the endpoint refuses %s; %s" % (" and ".join(names), without))
+
     @staticmethod
-    def _give_up(other: "Dialect", names: Sequence[str]) -> None:
+    def _give_up_exact(other: "Dialect", names: Sequence[str]) -> None:
         """Takes fields that ask for an exact length out."""
         other.exact = tuple(name for name in other.exact if name not in names)
         other.notes.append("the endpoint refuses %s; answers may come back shorter than asked" % " and ".join(names))
@@ -2931,10 +3054,16 @@ class Dialect:
         self.__dict__.update(other.__dict__)
 
 
+def is_named(field: str, text: str) -> bool:
+    """Whether a refusal names a field, by the last part of its dotted name."""
+    return re.search(r"(?<![A-Za-z0-9_])%s(?![A-Za-z0-9_])" % re.escape(field.split(".")[-1]), text) is not None
+
+
 def parse_url(url: str, provider: "Provider") -> Endpoint:
     """The endpoint that `url` means for this provider; raises UserError.
 
-    No path: the provider's path is added; a path that ends in /vN: its last part is; any other path stays.
+    No path: the provider's path is added; a path that ends in /vN, or in the version that the provider's has: what
+    follows that in the provider's; any other path stays.
     """
     if url.startswith("unix:"):
         return parse_unix_url(url, provider)
@@ -2951,28 +3080,40 @@ def parse_url(url: str, provider: "Provider") -> Endpoint:
         raise UserError("--url scheme %r is unknown; use http, https, unix: or mock:" % parts.scheme)
     if not host or port == 0:
         raise UserError("--url has no host, or port 0; write https://HOST:PORT/…")
-    path = parts.path.rstrip("/")
-    if not path:
-        path = provider.path
-    elif re.search(r"/v[0-9]+$", path):
-        path += "/" + provider.path.split("/", 2)[2]
+    path, query = parts.path.rstrip("/"), parts.query
+    known, _, asked = provider.path.partition("?")
+    version, rest = versioned(known)
+    if not path or re.search(r"/v[0-9]+$", path) or (version and path.endswith(version)):
+        path = path + rest if path else known
+        query = "&".join(filter(None, (asked, query)))
     else:
         path = parts.path
-    target = path + ("?" + parts.query if parts.query else "")
+    target = path + ("?" + query if query else "")
     host, _, zone = unquote(host).partition("%") if ":" in host else (host, "", "")
     shown = "[%s]" % host if ":" in host else host  # a zone means something on this machine only (RFC 6874)
     authority = shown if port in (None, 443 if parts.scheme == "https" else 80) else "%s:%d" % (shown, port)
     userinfo = None
     if parts.username is not None:
         userinfo = unquote(parts.username) + ":" + unquote(parts.password or "")
+    provider.check_target(target)
     host += "%" + zone if zone else ""
     return Endpoint(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), target, authority, userinfo)
+
+
+def versioned(path: str) -> Tuple[str, str]:
+    """A path up to and with its version, and what follows; a path without a version follows as a whole.
+
+    >>> versioned("/v1/chat/completions"), versioned("/api/chat")
+    (('/v1', '/chat/completions'), ('', '/api/chat'))
+    """
+    match = re.match(r"((?:/[^/]+)*?/v[0-9]+[a-z0-9]*)(/.*)", path)
+    return (match.group(1), match.group(2)) if match else ("", path)
 
 
 def parse_unix_url(url: str, provider: "Provider") -> Endpoint:
     """The endpoint behind a Unix socket: `unix:/run/llm.sock`, or `unix:/run/llm.sock:/v1`; raises UserError."""
     path, _, target = url[len("unix:") :].partition(":")
-    if not path.strip("/") or (target and not target.startswith("/")):
+    if not path.strip("/") or re.search(r"[\x00-\x20\x7f]", path) or (target and not target.startswith("/")):
         raise UserError("--url unix: needs a socket's path and may have a request's: unix:/run/llm.sock:/v1")
     return parse_url("http://localhost" + target, provider)._replace(unix=re.sub("^//+", "/", path))
 
@@ -2996,6 +3137,8 @@ def integer(value: Any) -> Optional[int]:
 # Where an error's message may stand, over all known dialects.
 def error_of(message: Any, kind: str = "message") -> Optional[str]:
     """The error that a JSON object reports, whatever its dialect; None when it reports none."""
+    if isinstance(message, list) and len(message) == 1:  # Gemini wraps its errors at times
+        message = message[0]
     if not isinstance(message, dict):
         return describe_error(message) if kind == "error" else None
     error = message.get("error")
@@ -3029,7 +3172,8 @@ def describe_error(error: Any) -> str:
     code = next(
         (error[key] for key in ("code", "error_code", "Code", "type", "status") if error.get(key) not in (None, "")), ""
     )
-    text = next((error[key] for key in ("message", "error_msg", "Message", "Msg", "detail") if error.get(key)), "")
+    said = ("message", "error_msg", "Message", "Msg", "detail", "msg")
+    text = next((error[key] for key in said if error.get(key)), "")
     line = "%s: %s" % (code, text) if code and text else str(code or text or json.dumps(error))
     return " ".join(line.split())[:300]
 
@@ -3063,10 +3207,12 @@ class Decoder:
     """Reads one stream in OpenAI's chat dialect; see the head of this section."""
 
     NOT_PLAIN = b'"\\\x7f' + bytes(range(32))  # what ends a JSON string, escapes in it, or may not stand in one
-    CONTENT = re.compile(rb'"content"\s*:\s*"([^"\\\x00-\x1f]+)"')
+    CONTENT = re.compile(rb'"content"\s*:\s*"([^"\\\x00-\x1f]+)"')  # where the text may stand
     MARKER = "\u2042llmbench"
 
     def __init__(self) -> None:
+        self.kind = "message"  # the type of the events that `plain` reads
+        self.rewrites = 0  # how often an answer that is sent as the whole text so far took text back
         self._head = b""
         self._tail = b""
         self._tail_length = 0
@@ -3123,7 +3269,7 @@ class Decoder:
 
     def event(self, text: bytes) -> Event:
         """The event in which `run` found a text."""
-        return "message", self._head + text + self._tail
+        return self.kind, self._head + text + self._tail
 
     def note_texts(self, texts: Sequence[bytes]) -> int:
         """Texts that came through `plain`, in their order; returns how many characters they have."""
@@ -3142,10 +3288,17 @@ class Decoder:
             return [Frame("end")]
         if not stripped:
             return []
+        if kind == STRAY:
+            error = error_of(parse_json(data))
+            return [Frame("error", error)] if error else []
         frames = self._guarded(parse_json(data), kind)
         if len(frames) == 1 and frames[0].kind == "content" and kind == "message":
-            self._learn(data, frames[0].text)
+            self._learn(data, frames[0].text, kind)
         return frames
+
+    def refusal(self, message: Any) -> Optional[str]:
+        """The error that the body of a refusal reports, in one line; None when it names none."""
+        return error_of(message, "error")
 
     def note_text(self, text: str) -> None:
         """Text that did not come through `plain`, in its order."""
@@ -3155,7 +3308,7 @@ class Decoder:
         """Frames of a whole completion, the answer of an endpoint that doesn't stream."""
         return self._guarded(message, "message")
 
-    def _learn(self, data: bytes, text: str) -> None:
+    def _learn(self, data: bytes, text: str, kind: str) -> None:
         # Streams in which every frame differs elsewhere (obfuscation, token ids) must not pay twice for each.
         if self._lessons > 3 + self._hits // 16:
             return
@@ -3166,14 +3319,14 @@ class Decoder:
         start = self.CONTENT.search(data).start(1)  # type: ignore[union-attr]
         head, tail = data[:start], data[start + len(found[0]) :]
         try:
-            proof = self._guarded(parse_json(head + self.MARKER.encode() + tail), "message")
+            proof = self._guarded(parse_json(head + self.MARKER.encode() + tail), kind)
         except ParseError:
             return
         if proof == [Frame("content", self.MARKER)]:
-            self._head, self._tail = head, tail
+            self.kind, self._head, self._tail = kind, head, tail
             self._head_length, self._tail_length = len(head), len(tail)
             self._before = b""
-            if self.line and b"\n" not in head + tail:  # else its data were several lines
+            if self.line and kind == "message" and b"\n" not in head + tail:  # else its data were several lines
                 self._before, self._behind = self.line[0] + head, tail + self.line[1]
                 self._between = self._behind + self._before
                 self._gap = self.line[1] + self.line[0]
@@ -3239,14 +3392,28 @@ def parse_json(data: bytes) -> Any:
 class Provider:
     """OpenAI chat completions, and what every provider has to state.
 
-    end_required: a stream that brings neither finish reason nor end marker is truncated.
+    path: where the endpoint is on a host, and whole_path where answers that are not streamed come from, if elsewhere.
+    end_required: a stream that brings neither finish reason nor end marker is truncated. end: that marker, in words.
+    events: the parser of its streams. streams: whether answers are streamed at all. untested: it follows its
+    documentation and was never tried on a live endpoint. needs_model: a request says which model is wanted. optional:
+    fields of the body that are given up when the endpoint refuses them. models: where a host lists its models.
     """
 
     name = "openai"
     summary = "OpenAI chat completions: vLLM, SGLang, llama.cpp, DeepSeek, GLM, Ark, LiteLLM, One-API, …"
     path = "/v1/chat/completions"
+    whole_path: Optional[str] = None
+    models: Optional[str] = "/v1/models"
     end_required = True
-    events: Callable[[], Any] = SSEParser
+    end = "finish_reason or [DONE]"
+    untested = False
+    needs_model = True
+    streams = True
+    accept = "text/event-stream"
+    optional: Sequence[str] = ("stream_options",)
+    exact: Sequence[str] = tuple(EXACT_FIELDS)
+    spelling = "max_tokens"  # how the longest answer is spelt, until the endpoint refuses it
+    events: Callable[[], Any] = LooseSSEParser
     auth: Any = "bearer"  # the default scheme's name; of an instance the `Auth` itself
     auth_options: Dict[str, str] = {}
     option_names: Sequence[str] = ()  # of --auth-opt, that it uses beside its scheme's
@@ -3254,29 +3421,47 @@ class Provider:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.dialect = Dialect(config.max_tokens_field)
+        if not config.stream:
+            self.streams, self.accept = False, "application/json"
+            self.path = self.whole_path or self.path
+            self.optional = [name for name in self.optional if name != "stream_options"]
+        if config.max_tokens_field and self.spelling not in SPELLINGS:
+            raise UserError("--max-tokens-field: provider %s says the longest answer in its own way; leave it out"
+                            % self.name)  # fmt: skip
+        self.dialect = Dialect(config.max_tokens_field, self.optional, self.exact, self.spelling)
         self.auth: Any = make_auth(config, self)
 
     def decoder(self) -> Decoder:
         """A fresh decoder for one request's stream."""
         return Decoder()
 
+    def check_target(self, target: str) -> None:
+        """Raises UserError for a request target that this provider can't ask for."""
+
     def request(self, prompt: Prompt, endpoint: Endpoint, request_id: str, dialect: Dialect) -> HTTPRequest:
-        """The request for a prompt. `--body` is merged over our fields, `--header` put in place of ours."""
-        body = self.body(prompt, dialect)
+        """The request for a prompt, but for what depends on the moment at which it is sent."""
+        return self.written(self.body(prompt, dialect), endpoint.target, [], endpoint, request_id)
+
+    def written(
+        self, body: Dict[str, Any], target: str, headers: Sequence[Tuple[str, str]], endpoint: Endpoint, request_id: str
+    ) -> HTTPRequest:
+        """A request with this body and these headers. --body is merged over it, --header put in place of ours."""
         merge(body, self.config.body)
         data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-        headers = [
+        ours = [
             ("Host", endpoint.authority),
             ("User-Agent", "llmbench/" + __version__),
-            ("Accept", "text/event-stream"),
+            ("Accept", self.accept),
             ("Accept-Encoding", "identity"),
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(data))),
             ("X-Request-Id", request_id),
         ]
-        headers += self.authorization(endpoint)
-        return HTTPRequest(endpoint.target, replace_headers(headers, self.config.header), data)
+        if headers:
+            own = {name.lower() for name, _ in headers}
+            ours = [header for header in ours if header[0].lower() not in own] + list(headers)
+        ours += self.authorization(endpoint)
+        return HTTPRequest(target, replace_headers(ours, self.config.header), data)
 
     def authorization(self, endpoint: Endpoint) -> List[Tuple[str, str]]:
         """The headers of a scheme that depends on the secrets alone, or the URL's user:password as Basic."""
@@ -3294,7 +3479,7 @@ class Provider:
 
     def body(self, prompt: Prompt, dialect: Dialect) -> Dict[str, Any]:
         """The request body as a JSON tree."""
-        tree: Dict[str, Any] = {"model": self.config.model, "messages": prompt.messages, "stream": True}
+        tree: Dict[str, Any] = {"model": self.config.model, "messages": prompt.messages, "stream": self.streams}
         if dialect.stream_options:
             tree["stream_options"] = {"include_usage": True}
         wanted = self.config.output_tokens or prompt.output_tokens
@@ -3304,10 +3489,20 @@ class Provider:
         return tree
 
     def models_target(self, endpoint: Endpoint) -> str:
-        """The request target that lists the models, beside this endpoint's own."""
-        path = endpoint.target.split("?")[0]
-        suffix = "/" + self.path.split("/", 2)[2]
-        return (path[: -len(suffix)] if path.endswith(suffix) else "/v1") + "/models"
+        """The request target that lists the models, beside this endpoint's own; "" where there is no such list."""
+        if not self.models:
+            return ""
+        path, own, (version, rest) = endpoint.target.split("?")[0], self.path.split("?")[0], versioned(self.models)
+        if path.endswith(own):
+            return path[: -len(own)] + self.models
+        suffix = versioned(own)[1]
+        return path[: -len(suffix)] + rest if version and path.endswith(suffix) else self.models
+
+    def model_ids(self, answer: Any) -> List[str]:
+        """The models that such a list names."""
+        rows = answer.get("data") if isinstance(answer, dict) else None
+        names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        return [name for name in names if isinstance(name, str) and name.strip()]
 
 
 def merge(tree: Dict[str, Any], over: Mapping[str, Any]) -> None:
@@ -3411,32 +3606,1279 @@ class ThinkTags:
         return self._frames("reasoning" if self._inside else "content", pieces)
 
 
+# What data can say of a provider. A file's paths, templates and rules are compiled once, when it is read; for each
+# event then only the compiled forms run. None of them can do more than look into JSON and put values into it.
+
+
+def plainly(value: Any) -> Any:
+    """A value as text, so that 0 is "0" and true "true"; objects and lists as they are.
+
+    >>> plainly(200.0) == plainly("200"), plainly(True), plainly(None)
+    (True, 'true', 'null')
+    """
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, false, "", [] and {}; 0 says something."""
+    return value is None or value is False or value in ("", [], {})
+
+
+class Place:
+    """A place in a JSON tree, or several: `choices.*.delta.content`, `parts[thought!=true].text`, `usage.-1`.
+
+    Names and numbers (of list items, negative ones from the end) with dots between; `*` is every item of a list or
+    object; `[name=value]` and `[name!=value]` keep the items whose field has that value or has it not. A name with a
+    dot or bracket in it stands in double quotes.
+    """
+
+    PART = re.compile(
+        r'(?:(?P<name>[^\s."\[\]][^."\[\]]*)|"(?P<quoted>[^"]+)")?(?P<filters>(?:\[[^\[\]]*\])*)(?:\.(?=.)|\Z)'
+    )
+    FILTER = re.compile(r'\[\s*(?P<name>[^\[\]=!]+?)\s*(?P<op>!?=)\s*(?P<value>[^\[\]]*?)\s*\]')
+
+    def __init__(self, text: Any, where: str, event: Optional[str] = None) -> None:
+        if not isinstance(text, str) or not text.strip():
+            raise UserError("%s must be a path such as choices.0.delta.content" % where)
+        self.text = text
+        self.event = event  # it is looked at in events of this kind alone; None: in all
+        self.last = ""  # the last name, under which the value stands
+        self.asked: Set[str] = set()  # the names that filters look at
+        self._steps: List[Tuple[str, Any, Any]] = []
+        self.single = True  # it leads to one place at most
+        at = 0
+        while at < len(text):
+            match = self.PART.match(text, at)
+            if match is None or not any(match.group("name", "quoted", "filters")):
+                raise UserError("%s: the path %r can't be read at column %d" % (where, text, at + 1))
+            self._add(match.group("name"), match.group("quoted"), match.group("filters"), where)
+            at = match.end()
+
+    def _add(self, name: Optional[str], quoted: Optional[str], filters: str, where: str) -> None:
+        if name == "*":
+            self._steps.append(("all", None, None))
+            self.single, self.last = False, ""
+        elif name is not None and re.match(r"-?[0-9]{1,9}\Z", name):
+            self._steps.append(("item", name, int(name)))
+            self.last = ""
+        elif name is not None or quoted is not None:
+            self.last = str(quoted if name is None else name.strip())
+            self._steps.append(("name", self.last, None))
+        for condition in re.findall(r"\[[^\[\]]*\]", filters):
+            match = self.FILTER.match(condition)
+            if match is None:
+                raise UserError("%s: %s is no condition; write [name=value] or [name!=value]" % (where, condition))
+            name, wanted = match.group("name"), match.group("value").strip('"')
+            self.asked.add(name)
+            self._steps.append(("filter", name, (match.group("op") == "=", wanted)))
+            self.single, self.last = False, ""
+
+    def values(self, tree: Any) -> List[Any]:
+        """All values that it leads to, in their order."""
+        return self._walk(tree, 0)
+
+    def _walk(self, node: Any, at: int) -> List[Any]:
+        """The values from one node on; where several are next, each of them is walked from."""
+        steps = self._steps
+        while at < len(steps):
+            kind, name, detail = steps[at]
+            at += 1
+            if kind == "all" or kind == "filter":
+                items = list(node.values()) if isinstance(node, dict) and kind == "all" else node
+                items = [node] if isinstance(items, dict) else items
+                if not isinstance(items, list):
+                    return []
+                if kind == "filter":
+                    kept = (item for item in items if isinstance(item, dict))
+                    items = [item for item in kept if (plainly(item.get(name)) == detail[1]) is detail[0]]
+                if len(items) != 1:
+                    return [value for item in items for value in self._walk(item, at)]
+                node = items[0]
+            elif isinstance(node, dict):
+                if name not in node:
+                    return []
+                node = node[name]
+            elif isinstance(node, list) and detail is not None and -len(node) <= detail < len(node):
+                node = node[detail]
+            else:
+                return []
+        return [node]
+
+    def value(self, tree: Any) -> Any:
+        """The first value that it leads to; None when there is none."""
+        if not self.single:
+            values = self.values(tree)
+            return values[0] if values else None
+        for _, name, number in self._steps:
+            if isinstance(tree, dict):
+                tree = tree.get(name)
+            elif isinstance(tree, list) and number is not None and -len(tree) <= number < len(tree):
+                tree = tree[number]
+            else:
+                return None
+        return tree
+
+    def read(self, tree: Any) -> str:
+        """The text that stands there, of several places joined."""
+        if self.single:
+            value = self.value(tree)
+            return value if isinstance(value, str) else text_of(value)
+        return "".join(text_of(value) for value in self.values(tree))
+
+    def read_call(self, tree: Any) -> Optional[str]:
+        """A tool call that stands there: text as it is, an object or list as JSON; None when there is none.
+
+        A call often begins with its name and no arguments yet: it is output all the same where the place is one of
+        several, or of an event of its own. Elsewhere an empty text is a field that says nothing.
+        """
+        written = []
+        for value in self.values(tree):
+            if isinstance(value, str):
+                written.append(value)
+            elif isinstance(value, (dict, list)):
+                written.append(json.dumps(value, ensure_ascii=False, separators=(",", ":")) if value else "")
+        begun = not self.single or self.event is not None or any(written)
+        return "".join(written) if written and begun else None
+
+
+class Count:
+    """A token count: one path, or several with + between them, of which those that are absent count 0."""
+
+    def __init__(self, text: Any, where: str) -> None:
+        if not isinstance(text, str):
+            raise UserError("%s must be a path such as usage.prompt_tokens, or a sum of paths with + between" % where)
+        self.paths = [Place(part.strip(), where) for part in text.split("+")]
+
+    def read(self, tree: Any) -> Optional[int]:
+        """The count; None when none of its parts is there."""
+        if len(self.paths) == 1 and self.paths[0].single:
+            return integer(self.paths[0].value(tree))
+        counts = [integer(value) for path in self.paths for value in path.values(tree)]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
+
+
+class Rule(NamedTuple):
+    """When an event is an end or an error: by its data, by its kind, by a value in it; all that is given must hold."""
+
+    data: Optional[bytes] = None
+    event: Optional[str] = None
+    path: Optional[Place] = None
+    test: Callable[[Any], bool] = bool  # of the value at the path
+
+    def holds(self, message: Any, kind: str) -> bool:
+        """Whether it holds for an event whose data are JSON."""
+        if self.data is not None or (self.event is not None and self.event != kind):
+            return False
+        return self.path is None or self.test(self.path.value(message))
+
+    @property
+    def name(self) -> str:
+        """What an end that this rule finds is called."""
+        return self.event or (self.path.text if self.path is not None else (self.data or b"").decode("utf-8"))
+
+
+class Answer(NamedTuple):
+    """Where the parts of an event, or of a whole answer, stand; the first of the paths with a value wins."""
+
+    text: Sequence[Place]
+    reasoning: Sequence[Place]
+    tool: Sequence[Place]
+    finish: Sequence[Place]
+
+    def outputs(self, message: Any, event: str) -> List[Frame]:
+        """The frames of its generated output. event: its kind."""
+        frames = []
+        for kind, paths in (("reasoning", self.reasoning), ("content", self.text)):
+            for path in paths:
+                text = path.read(message) if path.event in (None, event) else ""
+                if text:
+                    frames.append(Frame(kind, text))
+                    break
+        calls = [path.read_call(message) for path in self.tool if path.event in (None, event)]
+        there = [call for call in calls if call is not None]
+        if there:
+            frames.append(Frame("tool", next(filter(None, there), "")))
+        return frames
+
+    def reason(self, message: Any, no_reasons: Iterable[str]) -> str:
+        """The finish reason; "" for none."""
+        for path in self.finish:
+            value = path.value(message)
+            reason = finish_of(plainly(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+            if reason and reason not in no_reasons:
+                return reason
+        return ""
+
+
+class Reading(NamedTuple):
+    """How a declared provider's answers are read, compiled."""
+
+    stream: Answer
+    whole: Answer
+    no_reasons: FrozenSet[str]
+    failed: FrozenSet[str]
+    event: Optional[Place]  # where an event's kind stands; None: it is the type of the SSE event
+    skip_events: FrozenSet[str]
+    text_events: FrozenSet[str]  # empty: all
+    ends: Sequence[Rule]
+    errors: Optional[Sequence[Rule]]  # None: what `error_of` knows
+    error_code: Sequence[Place]
+    error_message: Sequence[Place]
+    usage: Mapping[str, Sequence[Count]]
+    usage_merge: str
+    text_mode: str
+    content: Optional[Any]  # the pattern of a text that `plain` may take; None: each event is read in full
+
+    def kind_of(self, message: Any, kind: str) -> str:
+        """An event's kind."""
+        if self.event is None:
+            return kind
+        value = self.event.value(message)
+        return kind if value is None else str(plainly(value))
+
+
+def content_pattern(reading: Reading) -> Optional[Any]:
+    """The pattern of a text that may be taken without a full reading.
+
+    None when a rule looks at a name that a text stands under, or at the beginning of an event's JSON: then another
+    text may mean more than another text.
+    """
+    if any(rule.data is not None and re.match(rb"\{|\[(?![A-Za-z])", rule.data) for rule in reading.ends):
+        return None
+    names = {path.last for path in reading.stream.text}
+    asking = [rule.path for rule in [*reading.ends, *(reading.errors or ())] if rule.path is not None]
+    asking += [*reading.stream.finish, *([reading.event] if reading.event is not None else [])]
+    asking += [path for counts in reading.usage.values() for count in counts for path in count.paths]
+    asked = {path.last for path in asking}
+    for path in [*asking, *reading.stream.text, *reading.stream.reasoning, *reading.stream.tool]:
+        asked |= path.asked
+    if reading.errors is None:
+        asked |= {"type", "object", "code", "error"}
+    if "" in names or "" in asked or names & asked:
+        return None
+    # As JSON writes the name: with or without escapes.
+    spelt = {json.dumps(name, ensure_ascii=ascii_only) for name in names for ascii_only in (True, False)}
+    either = b"|".join(re.escape(name.encode("utf-8")) for name in sorted(spelt))
+    return re.compile(rb'(?:%s)\s*:\s*"([^"\\\x00-\x1f]+)"' % either)
+
+
+class Growth:
+    """One kind of output of a stream that may send the whole text so far in every event."""
+
+    def __init__(self) -> None:
+        self.seen = ""  # the text of the last event
+        self.lost = ""  # what was taken for a repetition, as long as nobody knows
+        self.grown = 0  # how often a text began with the one before it
+
+    def suffix(self, text: str) -> Tuple[str, bool]:
+        """What is new in the whole text so far, and whether it took text back."""
+        seen, rewritten = self.seen, False
+        if text.startswith(seen):
+            new = text[len(seen) :]
+        elif seen.startswith(text):  # shorter: nothing new, and nothing else either
+            return "", False
+        else:
+            alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(seen, text))
+            new, rewritten = text[sum(1 for _ in alike) :], True
+        self.seen = text
+        return new, rewritten
+
+
+class DeclaredDecoder(Decoder):
+    """Reads one stream of a provider that is declared by a file.
+
+    text_mode: in "delta" each event brings the next piece, in "cumulative" all the text so far, of which what is new
+    is taken; "auto" finds out. There a text that begins with all of the one before it speaks for cumulative: three
+    of them decide so, and one that doesn't decides for delta, with what had been left out until then given at once.
+    """
+
+    ENOUGH = 3
+
+    def __init__(self, reading: Reading) -> None:
+        super().__init__()
+        self.reading = reading
+        self.mode = reading.text_mode
+        if reading.content is not None:
+            self.CONTENT = reading.content
+        self._growth: Dict[str, Growth] = {}
+        self._usage: Dict[str, int] = {}
+        self._kinds: Set[str] = set()  # the kinds of events that brought content
+        self._content = (0, 0)  # CRC-32 and bytes of the content, where a later event may repeat all of it
+
+    def frames(self, event: Event) -> List[Frame]:
+        """All frames of an event, text before usage before the end; raises ParseError when it is not JSON."""
+        kind, data = event
+        reading, stripped = self.reading, data.strip()
+        for rule in reading.ends:
+            if rule.data is not None and stripped.startswith(rule.data):
+                return [Frame("end"), *([] if reading.stream.finish else [Frame("end", rule.name)])][::-1]
+        if not stripped or stripped.startswith(DONE) or (reading.event is None and kind in reading.skip_events):
+            return []
+        message = parse_json(data)
+        frames = self._guarded(message, kind)
+        delta = self.mode == "delta"
+        told = self._told(frames, reading.kind_of(message, kind))
+        if delta and reading.content is not None and told == frames and [frame.kind for frame in frames] == ["content"]:
+            self._learn(data, frames[0].text, kind)
+        return told
+
+    def note_texts(self, texts: Sequence[bytes]) -> int:
+        """Texts that came through `plain`, in their order; returns how many characters they have."""
+        if self._kinds:
+            self._note_content(b"".join(texts))
+        return super().note_texts(texts)
+
+    def whole(self, message: Any) -> List[Frame]:
+        """Frames of a whole answer."""
+        try:
+            return self._read_parts(message, "message", self.reading.whole, True)
+        except RecursionError:
+            raise ParseError("JSON that is nested too deeply") from None
+
+    def refusal(self, message: Any) -> Optional[str]:
+        """The error that the body of a refusal reports, in one line; None when it names none."""
+        return self._declared_error(message) or error_of(message, "error")
+
+    # What an event says by itself; nothing here changes the decoder.
+
+    def _read(self, message: Any, kind: str) -> List[Frame]:
+        reading = self.reading
+        kind = reading.kind_of(message, kind)
+        if kind in reading.skip_events:
+            return [Frame("meta")]
+        return self._read_parts(message, kind, reading.stream, not reading.text_events or kind in reading.text_events)
+
+    def _read_parts(self, message: Any, kind: str, answer: Answer, with_text: bool) -> List[Frame]:
+        reading = self.reading
+        error = self._error(message, kind)
+        if error is not None:
+            return [Frame("error", error)]
+        if not isinstance(message, (dict, list)):
+            raise ParseError("an event is JSON but not an object: %s" % json.dumps(message)[:60])
+        frames = answer.outputs(message, kind) if with_text else []
+        usage = {name: self._count(counts, message) for name, counts in reading.usage.items()}
+        known = {name: count for name, count in usage.items() if count is not None}
+        if any(known.values()):
+            frames.append(Frame("usage", "", known))
+        reason = answer.reason(message, reading.no_reasons)
+        if reason in reading.failed:
+            frames.append(Frame("error", "finish reason " + reason))
+        elif reason:
+            frames.append(Frame("end", reason))
+        for rule in reading.ends:
+            if rule.holds(message, kind):
+                frames.append(Frame("end", "" if answer.finish else rule.name))
+                break
+        return frames or [Frame("meta")]
+
+    @staticmethod
+    def _count(counts: Sequence[Count], message: Any) -> Optional[int]:
+        return next((count for count in (way.read(message) for way in counts) if count is not None), None)
+
+    def _error(self, message: Any, kind: str) -> Optional[str]:
+        """The error that an event reports; None for none."""
+        if self.reading.errors is None:
+            error = error_of(message, kind)
+            return error and (self._declared_error(message) or error)
+        for rule in self.reading.errors:
+            if rule.holds(message, kind):
+                found = rule.path.value(message) if rule.path is not None else None
+                named = found if isinstance(found, dict) or (isinstance(found, str) and found) else message
+                return self._declared_error(message) or describe_error(named) or "an error without a message"
+        return None
+
+    def _declared_error(self, message: Any) -> str:
+        """Code and message of an error where the file says that they stand."""
+        found = []
+        for paths in (self.reading.error_code, self.reading.error_message):
+            values = (plainly(path.value(message)) for path in paths)
+            found.append(next((value for value in values if isinstance(value, str) and value not in ("", "null")), ""))
+        return " ".join((": " if all(found) else "").join(found).split())[:300]
+
+    # What it says after those before it.
+
+    def _told(self, frames: List[Frame], kind: str) -> List[Frame]:
+        told = []
+        for frame in frames:
+            if frame.kind == "usage":
+                told.append(Frame("usage", "", self._merged(frame.usage or {})))
+                continue
+            if frame.kind in OUTPUT_KINDS and (self.mode != "delta" or self._growth):
+                new = self._new_text(frame)
+                if not new and (frame.text or frame.kind != "tool"):  # a call without arguments yet is none the less
+                    continue
+                frame = Frame(frame.kind, new)  # noqa: PLW2901
+            if frame.kind == "content" and len(self.reading.text_events) > 1 and self._repeats(frame.text, kind):
+                continue
+            told.append(frame)
+        return told or [Frame("meta")]
+
+    def _merged(self, usage: Mapping[str, int]) -> Dict[str, int]:
+        """The counts so far, with those of one more event."""
+        merge_two = {"last": lambda _, new: new, "max": max, "sum": lambda old, new: old + new}
+        for name, count in usage.items():
+            old = self._usage.get(name)
+            self._usage[name] = count if old is None else merge_two[self.reading.usage_merge](old, count)
+        return dict(self._usage)
+
+    def _new_text(self, frame: Frame) -> str:
+        """What is new in an output frame's text."""
+        growth = self._growth.setdefault(frame.kind, Growth())
+        text, seen = frame.text, growth.seen
+        if self.mode == "delta":  # another kind of output decided it
+            del self._growth[frame.kind]
+            return growth.lost + text
+        if self.mode == "cumulative" or not seen:
+            new, rewritten = growth.suffix(text)
+            self.rewrites += rewritten
+            return new
+        if text.startswith(seen):
+            growth.lost += seen
+            growth.grown += text != seen
+            if growth.grown >= self.ENOUGH:
+                self.mode = "cumulative"
+            return growth.suffix(text)[0]
+        self.mode = "delta"
+        del self._growth[frame.kind]
+        return growth.lost + text
+
+    def _repeats(self, text: str, kind: str) -> bool:
+        """Whether an event of a kind that brought no text yet repeats all that others did, as agents' last one may."""
+        data = text.encode("utf-8", "replace")
+        if self._kinds and kind not in self._kinds and self._content == (zlib.crc32(data), len(data)):
+            return True
+        self._kinds.add(kind)
+        self._note_content(data)
+        return False
+
+    def _note_content(self, data: bytes) -> None:
+        self._content = (zlib.crc32(data, self._content[0]), self._content[1] + len(data))
+
+
+# What is asked. A body is a JSON tree with placeholders, never a text with holes: a prompt can't break out of it.
+
+
+class Later(str):
+    """A placeholder that is filled in when the request is sent, by the steps that sign it."""
+
+
+ABSENT = object()  # stands for a value that is not there: its field is left out
+Filler = Callable[[Mapping[str, Any]], Any]  # makes a value of the placeholders' values
+IN_TEXT = re.compile(r"\$(\$\{)|\$\{([^{}]*)\}")  # $${ is a ${ that stands for itself
+
+
+def compile_text(text: str, where: str, known: Callable[[str, str], str], encode: bool = False) -> Filler:
+    """A text with `${name}` in it; a lone one keeps its value's type. known: gives the name, or raises UserError."""
+    pieces: List[Tuple[str, str]] = []  # (what stands there, "") or ("", a name)
+    at = 0
+    for match in IN_TEXT.finditer(text):
+        literal = text[at : match.start()] + (match.group(1) or "")
+        pieces.append((literal, ""))
+        if match.group(1) is None:
+            pieces.append(("", known(match.group(2).strip(), where)))
+        at = match.end()
+    rest = text[at:]
+    if "${" in rest:
+        raise UserError("%s: a ${ without its }; write $${ where it stands for itself" % where)
+    pieces = [piece for piece in [*pieces, (rest, "")] if piece != ("", "")]
+    if len(pieces) == 1 and pieces[0][1] and not encode:
+        lone = pieces[0][1]
+        return lambda values: ABSENT if values[lone] is None else values[lone]
+
+    def fill(values: Mapping[str, Any]) -> str:
+        filled = []
+        for literal, name in pieces:
+            value = values[name] if name else literal
+            if not isinstance(value, str):
+                scalar = value is None or isinstance(value, (bool, int, float))
+                value = ("" if value is None else plainly(value)) if scalar else json.dumps(value, ensure_ascii=False)
+            filled.append(percent_encode(value) if name and encode and not isinstance(value, Later) else value)
+        return "".join(filled)
+
+    return fill
+
+
+def compile_tree(tree: Any, where: str, known: Callable[[str, str], str]) -> Filler:
+    """A JSON tree with placeholders in its texts. What holds nothing but absent values is left out with them."""
+    if isinstance(tree, str):
+        return compile_text(tree, where, known) if "${" in tree else lambda _: tree
+    if isinstance(tree, dict) and "$each" in tree:
+        return compile_each(tree, where, known)
+    if isinstance(tree, dict):
+        fields = [(key, compile_tree(value, "%s.%s" % (where, key), known)) for key, value in tree.items()]
+
+        def fill_object(values: Mapping[str, Any]) -> Any:
+            filled = {key: fill(values) for key, fill in fields}
+            there = {key: value for key, value in filled.items() if value is not ABSENT}
+            return ABSENT if filled and not there else there
+
+        return fill_object
+    if isinstance(tree, list):
+        items = [compile_tree(value, "%s.%d" % (where, number), known) for number, value in enumerate(tree)]
+
+        def fill_list(values: Mapping[str, Any]) -> Any:
+            filled = [fill(values) for fill in items]
+            there = [value for value in filled if value is not ABSENT]
+            return ABSENT if filled and not there else there
+
+        return fill_list
+    return lambda _: tree
+
+
+EACH_KEYS = ("$each", "as", "roles", "skip")
+OF_MESSAGE = ("message.role", "message.content", "message.text")
+
+
+def compile_each(tree: Mapping[str, Any], where: str, known: Callable[[str, str], str]) -> Filler:
+    """`{"$each": "messages", "as": {…}, "roles": {…}, "skip": […]}`: the messages of a prompt in another form."""
+    refuse_unknown(tree, EACH_KEYS, where)
+    roles, skip = tree.get("roles", {}), tree.get("skip", [])
+    if tree["$each"] != "messages" or "as" not in tree:
+        raise UserError('%s: needs "$each": "messages", and "as" with the form of each' % where)
+    if not isinstance(roles, dict) or not all(isinstance(name, str) for name in roles.values()):
+        raise UserError('%s.roles must be an object such as {"assistant": "model"}' % where)
+    if not isinstance(skip, list) or not all(isinstance(name, str) for name in skip):
+        raise UserError('%s.skip must be a list of roles such as ["system"]' % where)
+    form = compile_tree(
+        tree["as"], where + ".as", lambda name, place: name if name in OF_MESSAGE else known(name, place)
+    )
+
+    def fill(values: Mapping[str, Any]) -> Any:
+        filled = []
+        for message in values["messages"]:
+            role = str(message.get("role", "user"))
+            if role not in skip:
+                content = message.get("content")
+                own = {"message.role": roles.get(role, role), "message.content": content,
+                       "message.text": text_of(content)}  # fmt: skip
+                filled.append(form({**values, **own}))
+        return [value for value in filled if value is not ABSENT]
+
+    return fill
+
+
+def refuse_unknown(tree: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raises UserError for a key that nobody reads."""
+    for key in tree:
+        if key not in known:
+            hint = nearest(key, known) or "; it takes " + ", ".join(known)
+            raise UserError("%s: unknown key %r%s" % (where, key, hint))
+
+
+def uuid_of(text: str) -> str:
+    """A UUID of version 4 that is the same for the same text."""
+    digits = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return "-".join((digits[:8], digits[8:12], "4" + digits[13:16], "8" + digits[17:20], digits[20:32]))
+
+
+class Asked(NamedTuple):
+    """What placeholders take their values from."""
+
+    config: Config
+    prompt: Prompt
+    request_id: str
+    streams: bool
+
+
+def spoken(messages: Sequence[Mapping[str, Any]], role: str) -> List[str]:
+    """The texts of a role's messages."""
+    return [text_of(message.get("content")) for message in messages if message.get("role") == role]
+
+
+PLACEHOLDERS: Dict[str, Callable[[Asked], Any]] = {
+    "model": lambda asked: asked.config.model,
+    "messages": lambda asked: asked.prompt.messages,
+    "prompt": lambda asked: (spoken(asked.prompt.messages, "user") or [""])[-1],
+    "transcript": lambda asked: "\n\n".join(text_of(message.get("content")) for message in asked.prompt.messages),
+    "system": lambda asked: "\n".join(spoken(asked.prompt.messages, "system")) or None,
+    "max_tokens": lambda asked: (
+        asked.config.output_tokens or asked.prompt.output_tokens or asked.prompt.max_tokens or asked.config.max_tokens
+    ),
+    "output_tokens": lambda asked: asked.config.output_tokens or asked.prompt.output_tokens,
+    "stream": lambda asked: asked.streams,
+    "request_id": lambda asked: asked.request_id,
+    "uuid": lambda asked: uuid_of(asked.request_id),
+}
+
+
+def places_of(tree: Any, wanted: str, path: Tuple[str, ...] = ()) -> Iterator[Tuple[str, ...]]:
+    """Where in the objects of a tree a value stands."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from places_of(value, wanted, (*path, key))
+    elif tree == wanted:
+        yield path
+
+
+def leaves_of(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """The dotted names of the fields that hold no object."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves_of(value, path + key + ".")
+        else:
+            yield path + key
+
+
+def take_out(tree: Any, name: str) -> Any:
+    """Takes the field of a dotted name out of a tree, and gives its value; None when it isn't there."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        tree = tree.get(parent) if isinstance(tree, dict) else None
+    return tree.pop(last, None) if isinstance(tree, dict) else None
+
+
+def nested(name: str, tree: Dict[str, Any]) -> Dict[str, Any]:
+    """A tree inside the objects of a dotted name.
+
+    >>> nested("a.b", {"c": 1}), nested("", {"c": 1})
+    ({'a': {'b': {'c': 1}}}, {'c': 1})
+    """
+    for part in reversed([part for part in name.split(".") if part]):
+        tree = {part: tree}
+    return tree
+
+
+class Form(NamedTuple):
+    """A declared provider, compiled: what does not depend on a run's configuration."""
+
+    name: str
+    summary: str
+    where: str  # the file, for errors
+    untested: bool
+    path: str
+    whole_path: Optional[str]
+    models: Optional[str]
+    model_ids: Place
+    model_prefix: str  # what stands before each name in the list and is not part of it
+    auth: str
+    auth_options: Dict[str, str]
+    option_names: List[str]
+    exchange: Optional[Dict[str, Any]]
+    sign: Optional[Pipeline]
+    later: FrozenSet[str]  # the placeholders that are filled in when a request is sent
+    headers: List[Tuple[str, Filler]]
+    whole_headers: List[Tuple[str, Filler]]
+    body: Filler
+    whole_body: Filler
+    exact: Filler
+    optional: List[str]
+    exact_names: List[str]
+    length: str  # the dotted name of the field that limits the answer; "" for none
+    framing: str
+    reading: Reading
+    end_required: bool
+    end: str
+    names: FrozenSet[str]  # the placeholders in it
+    secrets: FrozenSet[str]  # of key, secret and token those that it can't do without
+    hidden: FrozenSet[str]  # the placeholders whose values are never shown
+
+
+class DeclaredProvider(Provider):
+    """A provider that a file declares."""
+
+    def __init__(self, form: Form, config: Config) -> None:
+        self.form = form
+        self.name, self.summary, self.untested = form.name, form.summary, form.untested
+        self.path, self.whole_path, self.models = form.path, form.whole_path, form.models
+        self.end_required, self.end = form.end_required, form.end
+        self.needs_model = "model" in form.names
+        self.optional, self.exact = form.optional, form.exact_names
+        self.spelling = form.length.split(".")[-1]
+        self.auth, self.auth_options, self.exchange = form.auth, form.auth_options, form.exchange
+        self.option_names = form.option_names
+        self.events = NDJSONParser if form.framing == "ndjson" else LooseSSEParser
+        if form.framing != "sse":
+            self.accept = "application/x-ndjson" if form.framing == "ndjson" else "application/json"
+        self.streams = form.framing != "json"
+        super().__init__(config)
+        self._given: Dict[str, Any] = {name: self._outside(name) for name in form.names if ":" in name}
+        secret = {name for name in self._given if name.startswith("env:") and is_secret_name(name[len("env:") :])}
+        hidden = [value for name, value in self._given.items() if name in form.hidden or name in secret]
+        config.fetched += [value for value in hidden if value not in config.fetched]
+        self._given.update((name, Later("${%s}" % name)) for name in form.later)
+        self._target: Optional[Tuple[str, Filler]] = None
+        if form.sign is not None:
+            self.auth = Steps(self.auth, form.sign)
+        flags = {"token": "--token", "key": "--auth-key", "secret": "--auth-secret"}
+        given = self.auth.secrets
+        missing = [flag for name, flag in flags.items() if name in form.secrets and not getattr(given, name)]
+        if missing:
+            raise UserError("provider %s needs %s" % (self.name, " and ".join(missing)))
+
+    def _outside(self, name: str) -> str:
+        """The value of ${env:NAME} or ${option:NAME}; raises UserError when it isn't given."""
+        kind, _, name = name.partition(":")
+        if kind == "env":
+            if name not in os.environ:
+                raise UserError("%s needs the environment variable %s; set it" % (self.form.where, name))
+            return os.environ[name]
+        value = {**self.form.auth_options, **self.config.auth_opt}.get(name)
+        if value is None:
+            raise UserError("%s needs --auth-opt %s=VALUE" % (self.form.where, name))
+        return value
+
+    def check_target(self, target: str) -> None:
+        """Compiles a request target; raises UserError for a placeholder that it can't have."""
+        filler = compile_text(target, "--url" if target != self.path else self.form.where, self._name_of, encode=True)
+        self._target = target, filler
+
+    def _name_of(self, name: str, where: str) -> str:
+        if name in PLACEHOLDERS or name in self._given:
+            return name
+        raise UserError("%s: ${%s} is not known%s" % (where, name, nearest(name, [*PLACEHOLDERS, *self._given])))
+
+    def decoder(self) -> Decoder:
+        """A fresh decoder for one request's stream."""
+        return DeclaredDecoder(self.form.reading)
+
+    def request(self, prompt: Prompt, endpoint: Endpoint, request_id: str, dialect: Dialect) -> HTTPRequest:
+        """The request for a prompt, but for what depends on the moment at which it is sent."""
+        values = self._values(prompt, request_id)
+        named = self.form.headers if self.streams else self.form.whole_headers
+        filled = ((name, fill(values)) for name, fill in named)
+        headers = [(name, str(plainly(value))) for name, value in filled if value is not ABSENT]
+        if self._target is None or self._target[0] != endpoint.target:
+            self.check_target(endpoint.target)
+        target = self._target[1](values)  # type: ignore[index]
+        return self.written(self._body(values, dialect), target, headers, endpoint, request_id)
+
+    def body(self, prompt: Prompt, dialect: Dialect) -> Dict[str, Any]:
+        """The request body as a JSON tree."""
+        return self._body(self._values(prompt, ""), dialect)
+
+    def _values(self, prompt: Prompt, request_id: str) -> Dict[str, Any]:
+        """The placeholders' values."""
+        asked = Asked(self.config, prompt, request_id, self.streams)
+        values = {name: value(asked) for name, value in PLACEHOLDERS.items()}
+        values.update(self._given)
+        return values
+
+    def _body(self, values: Mapping[str, Any], dialect: Dialect) -> Dict[str, Any]:
+        form = self.form
+        tree = (form.body if self.streams else form.whole_body)(values)
+        tree = {} if tree is ABSENT else tree
+        if values["output_tokens"] and form.exact_names:
+            exact, sent = form.exact(values), dialect.exact_fields()
+            for name in form.exact_names:
+                if name not in sent:
+                    take_out(exact, name)
+            merge(tree, exact)
+        for name in form.optional:
+            if name not in dialect.optional:
+                take_out(tree, name)
+        if form.length and dialect.max_tokens_field != self.spelling:
+            parent = form.length.rpartition(".")[0]
+            merge(tree, nested(parent, {dialect.max_tokens_field: take_out(tree, form.length)}))
+        return tree
+
+    def model_ids(self, answer: Any) -> List[str]:
+        """The models that the endpoint's list names."""
+        names = [name for name in self.form.model_ids.values(answer) if isinstance(name, str) and name.strip()]
+        prefix = self.form.model_prefix
+        return [name[len(prefix) :] if prefix and name.startswith(prefix) else name for name in names]
+
+
 # ==================================================================================================
-# 6. Registry: all providers by name
+# 7. Registry: all providers by name
 # ==================================================================================================
 #
 # One table holds every dialect that `--provider` can name. What data can say is a JSON file, read by the
 # loader that reads a customer's own; what needs code is a class of the section above. Either way the rest
 # of the program sees a `Provider` and does not know the difference.
-# A name that is not in the table is a mistake of the user's, and the nearest known one is offered; so is
-# a key that a file has and the loader doesn't know.
+#
+# A file is read as a whole before anything is sent, and is refused for what it can't mean: a key that
+# nobody reads (the nearest known one is offered), a key given twice, a path or placeholder that doesn't
+# parse. Each refusal is one line that names file and key. A file can look into JSON, put values into it
+# and hash them; it can't run anything. A `.py` file can: it is code, named by the user, and runs as such.
+
+DECLARED: Tuple[str, ...] = (  # assets/providers/NAME.json
+    "completions", "responses", "azure", "aliyun", "baidu", "baidu-v1", "hunyuan", "anthropic", "gemini", "ollama",
+    "tgi", "triton", "llamacpp", "sglang", "dify",
+)  # fmt: skip
+EXAMPLES: Tuple[str, ...] = (  # assets/providers/examples/NAME.json: to copy
+    "example-signed-headers", "example-sorted-query", "example-signed-body-jwt", "example-kong-hmac",
+    "example-api-gateway", "example-token-first", "example-key-in-query", "example-whole-text", "example-plain-json",
+    "example-agent-events",
+)  # fmt: skip
+HERE = os.path.dirname(os.path.abspath(__file__))
+FORM_KEYS = (
+    "name", "summary", "untested", "path", "whole_path", "models", "auth", "auth_options", "headers", "whole_headers",
+    "body", "whole_body", "optional", "exact", "framing", "text_mode", "event", "skip_events", "text_events", "text",
+    "reasoning", "tool", "whole", "finish", "end", "end_required", "error", "error_code", "error_message", "usage",
+    "usage_merge", "sign", "exchange",
+)  # fmt: skip
+FRAMINGS = ("sse", "ndjson", "json")
+TEXT_MODES = ("delta", "cumulative", "auto")
+USAGE_MERGES = ("last", "max", "sum")
+COUNTS = ("in_tokens", "out_tokens", "cached_tokens", "reasoning_tokens")
+TESTS = ("exists", "equals", "not_equals", "in", "not_in")
+FORM_LIMIT = 1024 * 1024  # bytes of a file
+FORM_DEPTH = 64  # objects and lists in each other
 
 
-PROVIDERS: Dict[str, Type[Provider]] = {"openai": Provider}
+def read_asset(name: str) -> bytes:
+    """A file of assets/, from the checkout or out of the archive."""
+    loader = getattr(globals().get("__spec__"), "loader", None)
+    if loader is not None:
+        return loader.get_data(os.path.join(os.path.dirname(__file__), "assets", *name.split("/")))
+    with open(os.path.join(HERE, "assets", *name.split("/")), "rb") as file:
+        return file.read()
+
+
+class FormReader:
+    """Reads a file's tree into a Form; raises UserError, one line that names file and key."""
+
+    def __init__(self, tree: Any, where: str, name: str) -> None:
+        self.where = where
+        if not isinstance(tree, dict):
+            raise UserError("%s must hold a JSON object, such as {\"text\": [\"choices.0.delta.content\"], …}" % where)
+        refuse_unknown(tree, FORM_KEYS, where)
+        self.tree = tree
+        self.default_name = name
+        self.names: Set[str] = set()  # the placeholders met
+        options = self._objects("auth_options")
+        for option, value in options.items():
+            if value is not None and not isinstance(value, str):
+                raise self._wrong("auth_options." + option, 'a text, or null where --auth-opt must give it')
+        self.options = {name: value for name, value in options.items() if value is not None}
+        self.required = [name for name, value in options.items() if value is None]
+        self.sign = self._pipeline()
+        later = ["key", "token", *(self.sign.names if self.sign is not None else ())]
+        self.later = frozenset(later)
+        self.later_used: Set[str] = set()
+
+    # What a key may hold.
+
+    def _wrong(self, key: str, wanted: str) -> UserError:
+        return UserError("%s: %s must be %s" % (self.where, key, wanted))
+
+    def _text(
+        self, key: str, default: Any = None, tree: Optional[Mapping[str, Any]] = None, where: str = ""
+    ) -> Any:  # fmt: skip
+        value = (self.tree if tree is None else tree).get(key, default)
+        if value is not default and not (isinstance(value, str) and value.strip()):
+            raise self._wrong(where + key, "a text")
+        return value
+
+    def _flag(self, key: str, default: bool) -> bool:
+        value = self.tree.get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
+    def _one_of(self, key: str, known: Sequence[str]) -> str:
+        value = self.tree.get(key, known[0])
+        if value not in known:
+            hint = nearest(value, known) if isinstance(value, str) else ""
+            raise self._wrong(key, "one of %s%s" % (", ".join(known), hint))
+        return value
+
+    def _objects(self, key: str) -> Dict[str, Any]:
+        value = self.tree.get(key, {})
+        if not isinstance(value, dict):
+            raise self._wrong(key, "an object")
+        return value
+
+    def _texts(self, key: str, tree: Optional[Mapping[str, Any]] = None, where: str = "") -> List[str]:
+        """A list of texts, or one text."""
+        value = (self.tree if tree is None else tree).get(key, [])
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            raise self._wrong(where + key, "a list of texts")
+        return value
+
+    def _paths(self, key: str, tree: Optional[Mapping[str, Any]] = None, where: str = "") -> List[Place]:
+        texts = self._texts(key, tree, where)
+        return [Place(text, "%s: %s" % (self.where, where + key)) for text in texts]
+
+    def _output_paths(self, key: str, tree: Mapping[str, Any], where: str) -> List[Place]:
+        """Paths of generated output, of which each may be bound to the events of a kind."""
+        value, here = tree.get(key, []), "%s: %s" % (self.where, where + key)
+        places = []
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                refuse_unknown(item, ("event", "path"), here)
+                if not (isinstance(item.get("event"), str) and item["event"]):
+                    raise self._wrong(where + key + ".event", "a text")
+                places.append(Place(item.get("path"), here + ".path", item["event"]))
+            elif isinstance(item, str) and item:
+                places.append(Place(item, here))
+            else:
+                raise self._wrong(where + key, 'a list of texts, or of {"event": "delta", "path": "text"}')
+        return places
+
+    # Requests.
+
+    def _pipeline(self) -> Optional[Pipeline]:
+        """The steps that sign; also where a header holds the token or key itself."""
+        places = json.dumps([self.tree.get(key) for key in ("headers", "whole_headers", "path", "whole_path")])
+        later = re.search(r"\$\{\s*(key|token)\s*\}", places)
+        if "sign" not in self.tree and later is None:
+            return None
+        return Pipeline(self.tree.get("sign", []), self.where, [*self.options, *self.required])
+
+    def _known(self, name: str, where: str) -> str:
+        """A placeholder that bodies may have."""
+        kind, colon, rest = name.partition(":")
+        if not (name in PLACEHOLDERS or (colon and kind in ("env", "option") and rest)):
+            known = [*PLACEHOLDERS, "env:NAME", "option:NAME"]
+            later = "; it can stand in headers and path alone" if name in self.later else ""
+            if name in OF_MESSAGE:
+                later = '; it can stand inside "$each" alone'
+            if name == "secret":
+                later = "; a secret can stand in sign alone"
+            hint = later or nearest(name, known) or "; known are " + ", ".join(known)
+            raise UserError("%s: ${%s} is not known here%s" % (where, name, hint))
+        self.names.add(name)
+        return name
+
+    def _known_later(self, name: str, where: str) -> str:
+        """A placeholder that headers and query may have."""
+        if name not in self.later:
+            return self._known(name, where)
+        self.later_used.add(name)
+        return name
+
+    def _path(self, key: str, default: Optional[str]) -> Optional[str]:
+        path = self._text(key, default)
+        if path is not None:
+            if not path.startswith("/") or re.search(r"[\s#]", path):
+                raise self._wrong(key, "a path that begins with /, such as /v1/chat/completions")
+            compile_text(path, "%s: %s" % (self.where, key), self._known_later)
+        return path
+
+    def _headers(self, whole: bool) -> List[Tuple[str, Filler]]:
+        headers, named = [], dict(self._objects("headers"))
+        if whole:
+            merge(named, self._objects("whole_headers"))
+        for name, text in named.items():
+            key = "headers." + name
+            if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
+                raise UserError("%s: %s is no name that a header can have" % (self.where, key))
+            if not isinstance(text, str) or CONTROL.search(text):
+                raise self._wrong(key, "a text of one line")
+            headers.append((name, compile_text(text, "%s: %s" % (self.where, key), self._known_later)))
+        return headers
+
+    def _body(self, tree: Mapping[str, Any], key: str) -> Filler:
+        return compile_tree(tree, "%s: %s" % (self.where, key), self._known)
+
+    # Answers.
+
+    def _answer(self, tree: Mapping[str, Any], where: str, base: Optional[Answer]) -> Answer:
+        """The paths of an event, or those of a whole answer, which are the same where the file gives no others."""
+        parts = {}
+        for key in ("text", "reasoning", "tool"):
+            parts[key] = self._output_paths(key, tree, where) if key in tree or base is None else getattr(base, key)
+        finish = self._finish(tree, where)[0] if "finish" in tree or base is None else base.finish
+        return Answer(finish=finish, **parts)
+
+    def _finish(self, tree: Mapping[str, Any], where: str) -> Tuple[List[Place], FrozenSet[str], FrozenSet[str]]:
+        finish = tree.get("finish", [])
+        if not isinstance(finish, dict):
+            return self._paths("finish", tree, where), frozenset(), FAILED_FINISH
+        where += "finish"
+        refuse_unknown(finish, ("path", "not_in", "failed"), "%s: %s" % (self.where, where))
+        paths = self._paths("path", finish, where + ".")
+        if not paths:
+            raise self._wrong(where + ".path", "a path such as choices.0.finish_reason")
+        failed = frozenset(self._texts("failed", finish, where + ".")) if "failed" in finish else FAILED_FINISH
+        return paths, frozenset(self._texts("not_in", finish, where + ".")), failed
+
+    def _rules(self, key: str, kinds: Sequence[str]) -> List[Rule]:
+        rules = self.tree.get(key, [])
+        rules = [rules] if isinstance(rules, dict) else rules
+        if not isinstance(rules, list):
+            raise self._wrong(key, "a list of rules such as [{\"event\": \"%s\"}]" % key)
+        return [self._rule(rule, "%s.%d" % (key, number), kinds) for number, rule in enumerate(rules)]
+
+    def _rule(self, rule: Any, key: str, kinds: Sequence[str]) -> Rule:
+        where = "%s: %s" % (self.where, key)
+        if not isinstance(rule, dict) or not rule:
+            raise self._wrong(key, 'an object such as {"path": "is_end", "equals": true}')
+        refuse_unknown(rule, (*kinds, *TESTS), where)
+        for kind in kinds:
+            if kind in rule and not (isinstance(rule[kind], str) and rule[kind].strip()):
+                raise self._wrong("%s.%s" % (key, kind), "a text")
+        tests = [name for name in TESTS if name in rule]
+        if "data" in rule and len(rule) > 1:
+            raise UserError("%s: data stands alone" % where)
+        if ("path" in rule) != bool(tests) or len(tests) > 1:
+            raise UserError("%s: a path goes with one of %s" % (where, ", ".join(TESTS)))
+        if not tests:
+            data = rule["data"].strip().encode("utf-8") if "data" in rule else None
+            return Rule(data, rule.get("event"))
+        return Rule(None, rule.get("event"), Place(rule["path"], where + ".path"), self._test(tests[0], rule, key))
+
+    def _test(self, name: str, rule: Mapping[str, Any], key: str) -> Callable[[Any], bool]:
+        """The test of a value. One that is absent is null, and is neither in a list nor not in it."""
+        wanted = rule[name]
+        if name == "exists":
+            if not isinstance(wanted, bool):
+                raise self._wrong(key + ".exists", "true or false")
+            return lambda value: is_empty(value) is not wanted
+        several = name in ("in", "not_in")
+        if several and not isinstance(wanted, list):
+            raise self._wrong("%s.%s" % (key, name), "a list")
+        if any(isinstance(value, (dict, list)) for value in (wanted if several else [wanted])):
+            raise UserError("%s: %s.%s compares texts, numbers, true, false and null; write the path down to one"
+                            % (self.where, key, name))  # fmt: skip
+        if several:
+            plain, inside = [plainly(value) for value in wanted], name == "in"
+            return lambda value: value is not None and (plainly(value) in plain) is inside
+        same = plainly(wanted)
+        if name == "equals":
+            return lambda value: plainly(value) == same
+        return lambda value: value is not None and plainly(value) != same
+
+    def _usage(self) -> Dict[str, List[Count]]:
+        usage = self._objects("usage")
+        refuse_unknown(usage, COUNTS, self.where + ": usage")
+        return {name: [Count(text, "%s: usage.%s" % (self.where, name)) for text in self._texts(name, usage, "usage.")]
+                for name in usage}  # fmt: skip
+
+    def _reading(self) -> Reading:
+        stream = self._answer(self.tree, "", None)
+        whole = self._objects("whole")
+        refuse_unknown(whole, ("text", "reasoning", "tool", "finish"), self.where + ": whole")
+        if not (stream.text or "text" in whole):
+            raise UserError('%s: text is needed: where an event has its text, such as ["choices.0.delta.content"]'
+                            % self.where)  # fmt: skip
+        _, no_reasons, failed = self._finish(self.tree, "")
+        event = self._text("event")
+        reading = Reading(
+            stream, self._answer(whole, "whole.", stream), no_reasons, failed,
+            Place(event, self.where + ": event") if event else None,
+            frozenset(self._texts("skip_events")), frozenset(self._texts("text_events")),
+            self._rules("end", ("data", "event", "path")) if "end" in self.tree else [Rule(DONE)],
+            self._rules("error", ("event", "path")) if "error" in self.tree else None,
+            self._paths("error_code"), self._paths("error_message"), self._usage(),
+            self._one_of("usage_merge", USAGE_MERGES), self._one_of("text_mode", TEXT_MODES), None,
+        )  # fmt: skip
+        return reading._replace(content=content_pattern(reading) if reading.text_mode != "cumulative" else None)
+
+    def form(self) -> Form:
+        """All of it."""
+        name = self._text("name", self.default_name)
+        if not re.match(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z", name):
+            raise self._wrong("name", "letters, digits and _.-")
+        body, exact, models = self._objects("body"), self._objects("exact"), self._objects("models")
+        if "body" not in self.tree:
+            raise UserError('%s: body is needed: what is asked, such as {"messages": "${messages}"}' % self.where)
+        refuse_unknown(models, ("path", "ids", "prefix"), self.where + ": models")
+        whole_body = copy_tree(body)
+        merge(whole_body, self._objects("whole_body"))
+        length = next(places_of(body, "${max_tokens}"), next(places_of(body, "${output_tokens}"), ()))
+        reading = self._reading()
+        ends = [path.text for path in reading.stream.finish]
+        required = self._flag("end_required", "end" in self.tree or "finish" in self.tree)
+        ends += [rule.name for rule in reading.ends if "end" in self.tree or (required and not ends)]
+        return Form(
+            name=name, summary=self._text("summary", ""), where=self.where, untested=self._flag("untested", False),
+            path=self._path("path", "/"), whole_path=self._path("whole_path", None),
+            models=self._model_path(models),
+            model_ids=Place(models.get("ids", "data.*.id"), self.where + ": models.ids"),
+            model_prefix=self._text("prefix", "", models, "models."),
+            auth=self._text("auth", "bearer" if self.sign is None else "none"), auth_options=self.options,
+            option_names=self.required,
+            exchange=self._objects("exchange") or None, sign=self.sign, later=self.later,
+            headers=self._headers(False), whole_headers=self._headers(True),
+            body=self._body(body, "body"), whole_body=self._body(whole_body, "whole_body"),
+            exact=self._body(exact, "exact"), exact_names=list(leaves_of(exact)), length=".".join(length),
+            optional=self._optional(body), framing=self._one_of("framing", FRAMINGS), reading=reading,
+            end_required=required, end=" or ".join(ends),
+            # Last, since the others collect them.
+            names=frozenset(self.names), secrets=self._secrets(), hidden=self._hidden(),
+        )  # fmt: skip
+
+    def _secrets(self) -> FrozenSet[str]:
+        signing = [step.node.names for step in self.sign.steps] if self.sign is not None else []
+        asking = re.findall(r"\$\{\s*(key|secret)\s*\}", json.dumps(self._objects("exchange")))
+        return self.later_used.union(asking, *signing) & frozenset(("key", "secret", "token"))
+
+    def _hidden(self) -> FrozenSet[str]:
+        """Of ${env:NAME} and ${option:NAME} those that are named like a secret, or fill a field that is."""
+        pairs = [(name.partition(":")[2], "${%s}" % name) for name in self.names if ":" in name]
+        for key in ("path", "whole_path"):
+            pairs += parse_qsl(str(self.tree.get(key)).partition("?")[2])
+        for key in ("headers", "whole_headers", "body", "whole_body"):
+            pairs += text_fields(self.tree.get(key))
+        return frozenset(name.strip() for key, text in pairs if is_secret_name(key) for _, name in IN_TEXT.findall(text)
+                         if ":" in name)  # fmt: skip
+
+    def _model_path(self, models: Mapping[str, Any]) -> Optional[str]:
+        path = models.get("path")
+        if path is not None and not (isinstance(path, str) and re.match(r"/\S*\Z", path)):
+            raise self._wrong("models.path", "a path that begins with /, such as /v1/models")
+        return path
+
+    def _optional(self, body: Mapping[str, Any]) -> List[str]:
+        """The names of fields that can be given up; raises UserError for one that the body doesn't have."""
+        names = self._texts("optional")
+        for name in names:
+            if take_out(copy_tree(body), name) is None:
+                raise UserError("%s: optional: the body has no field %s" % (self.where, name))
+        return names
+
+
+def text_fields(tree: Any, key: str = "") -> Iterator[Tuple[str, str]]:
+    """The texts of a JSON tree, each with the name of its field."""
+    if isinstance(tree, str):
+        yield key, tree
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        yield from text_fields(value, name)
+    for value in tree if isinstance(tree, list) else ():
+        yield from text_fields(value, key)
+
+
+def copy_tree(tree: Any) -> Any:
+    """A JSON tree of its own."""
+    return json.loads(json.dumps(tree))
+
+
+def once(pairs: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
+    """An object of JSON; raises ValueError for a key that is given twice."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError("the key %r is given twice" % twice)
+    return tree
+
+
+def check_tree(tree: Any, where: str) -> None:
+    """Raises UserError for JSON that can be read but not be worked with or sent."""
+    level: List[Any] = [tree]
+    for _ in range(FORM_DEPTH):
+        values = [one for node in level if isinstance(node, dict) for pair in node.items() for one in pair]
+        values += [one for node in level if isinstance(node, list) for one in node]
+        if any(isinstance(one, str) and re.search("[\ud800-\udfff]", one) for one in values):
+            raise UserError("%s holds half of a surrogate pair; write the character itself" % where)
+        level = [one for one in values if isinstance(one, (dict, list))]
+        if not level:
+            return
+    raise UserError("%s is nested too deeply" % where)
+
+
+def parse_form(data: bytes, where: str, name: str = "custom") -> Form:
+    """The provider that a JSON file declares; raises UserError.
+
+    where: the file, for errors; name: what it is called where it names nothing itself.
+    """
+    try:
+        tree = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=read_no_constant)
+    except UnicodeDecodeError:
+        raise UserError("%s is not UTF-8; save it as such" % where) from None
+    except RecursionError:
+        raise UserError("%s is nested too deeply" % where) from None
+    except ValueError as error:
+        raise UserError("%s is not JSON: %s" % (where, error)) from None
+    check_tree(tree, where)
+    try:
+        return FormReader(tree, where, name).form()
+    except UserError as error:  # a name in the file may hold a line feed
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def read_provider_file(path: str) -> bytes:
+    """What a provider's file holds; raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(FORM_LIMIT + 1)
+    except OSError as error:
+        raise UserError("--provider %s can't be read: %s" % (path, error.strerror or error)) from None
+    if len(data) > FORM_LIMIT:
+        raise UserError("--provider %s is longer than %d bytes; that is no provider's file" % (path, FORM_LIMIT))
+    return data
+
+
+@functools.lru_cache(maxsize=None)
+def builtin_form(name: str) -> Form:
+    """A provider that llmbench brings as a file."""
+    return parse_form(builtin_source(name), name, name)
+
+
+def builtin_source(name: str) -> bytes:
+    """The file of such a provider."""
+    return read_asset("providers/%s%s.json" % ("examples/" if name in EXAMPLES else "", name))
+
+
+def provider_of_code(path: str) -> Type[Provider]:
+    """The subclass of Provider in a .py file, in which `import llmbench` is the running program; raises UserError."""
+    import importlib.util
+
+    sys.modules.setdefault("llmbench", sys.modules[__name__])
+    read_provider_file(path)
+    spec = importlib.util.spec_from_file_location(
+        "llmbench_provider_" + hashlib.sha256(os.path.abspath(path).encode("utf-8", "replace")).hexdigest()[:8], path
+    )
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    try:
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError("--provider %s: %s" % (path, where_it_failed(error, path))) from None
+    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Provider)
+             and value.__module__ == module.__name__]  # fmt: skip
+    last = [one for one in found if not any(issubclass(other, one) and other is not one for other in found)]
+    if len(last) != 1:
+        raise UserError("--provider %s must define one subclass of llmbench.Provider; it has %d" % (path, len(last)))
+    return last[0]
+
+
+def where_it_failed(error: BaseException, path: str) -> str:
+    """An error in a file of code, with its line there."""
+    line, traceback = getattr(error, "lineno", None), error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == path:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    said = " ".join(str(getattr(error, "msg", None) or error).split())[:200]
+    return "%s%s%s" % ("line %d: " % line if line else "", type(error).__name__, ": " + said if said else "")
+
+
+def form_of(name: str) -> Optional[Form]:
+    """The form of a provider that a file declares, by name or path; None for one that is code; raises UserError."""
+    if name.endswith(".json"):
+        default = re.sub(r"[^A-Za-z0-9_.-]", "-", os.path.basename(name)[:-5]).lstrip("_.-") or "custom"
+        return parse_form(read_provider_file(name), name, default)
+    return builtin_form(name) if name in DECLARED or name in EXAMPLES else None
+
+
+def make_declared(name: str, config: Config) -> Provider:
+    """A provider that llmbench brings as a file."""
+    return DeclaredProvider(builtin_form(name), config)
+
+
+PROVIDERS: Dict[str, Callable[[Config], Provider]] = {
+    "openai": Provider,
+    **{name: functools.partial(make_declared, name) for name in DECLARED},
+}
 
 
 def make_provider(config: Config) -> Provider:
-    """The provider that the configuration names; raises UserError."""
-    if config.provider not in PROVIDERS:
+    """The provider that the configuration names, by name or by file; raises UserError."""
+    name = config.provider
+    form = form_of(name)
+    if form is not None:
+        return DeclaredProvider(form, config)
+    if name.endswith(".py"):
+        return provider_of_code(name)(config)
+    if name not in PROVIDERS:
         raise UserError(
-            "provider %r is unknown%s; `llmbench providers` lists them"
-            % (config.provider, nearest(config.provider, PROVIDERS))
+            "provider %r is unknown%s; `llmbench providers` lists them, and a path ending in .json or .py names a file"
+            % (name, nearest(name, PROVIDERS))
         )
-    return PROVIDERS[config.provider](config)
+    return PROVIDERS[name](config)
 
 
 # ==================================================================================================
-# 7. Workload: files and built-ins to prompts
+# 8. Workload: files and built-ins to prompts
 # ==================================================================================================
 #
 # A workload is the built-in prompts, a text file (a prompt a line), JSON objects one a line (JSONL) or
@@ -4177,7 +5619,7 @@ def make_unique(prompt: Prompt, request_id: str) -> Prompt:
             break
     return prompt.saying(messages)
 # ==================================================================================================
-# 8. Statistics: records to a summary, and two runs compared, pure
+# 9. Statistics: records to a summary, pure
 # ==================================================================================================
 #
 # `Collector` takes the lines of results.jsonl one by one and keeps measured requests in columns, one
@@ -5058,7 +6500,7 @@ def answer_reasons(rows: Rows, success: int, config: Mapping[str, Any]) -> Itera
     if missing:
         yield Reason("CAUTION", "usage_missing", {"n": missing})
     tokens, chunks = rows.total("out_tokens"), rows.total("chunks")
-    if chunks and missing < success and tokens / chunks > 1.2:
+    if config.get("stream", True) and chunks and missing < success and tokens / chunks > 1.2:
         yield Reason("CAUTION", "several_tokens", {"tokens": tokens / chunks})
     cached = part_of(rows.total("cached_tokens"), rows.total("in_tokens"))
     if cached > 10.0:
@@ -5423,7 +6865,11 @@ def summarize(collector: Collector) -> Dict[str, Any]:
     return summary
 
 
-# Comparison. What of the difference between two runs is more than chance? Each figure has a `Chance`: the values that
+# ==================================================================================================
+# 10. Comparison: two runs, and what of their difference is more than chance
+# ==================================================================================================
+#
+# What of the difference between two runs is more than chance? Each figure has a `Chance`: the values that
 # it might as well have had, and how likely each was. Two of them together give the 95 % interval of the difference and
 # how likely a difference as large is where there is none. Nothing is drawn at random, so nothing depends on a seed:
 #
@@ -5558,13 +7004,15 @@ def likelihood_below(first: Chance, second: Chance, moved: Callable[[float], flo
 def likely_change(first: Chance, second: Chance, relative: bool) -> Tuple[float, float]:
     """The 95 % interval of the change from the first figure to the second, as a share of the first or as it is."""
     if relative:
-        bounds = [-1.0, second.values[-1] / max(first.values[0], 0.001 * first.values[-1])]
+        least = max(first.values[0], 0.001 * first.values[-1])
+        bounds = [second.values[0] / first.values[-1] - 1.0, second.values[-1] / least - 1.0]
     else:
         bounds = [second.values[0] - first.values[-1], second.values[-1] - first.values[0]]
     ends = []
     for likelihood in (0.025, 0.975):
         low, high = bounds
-        for _ in range(36):  # halved so often it is exact to ten digits
+        exact = 1e-7 * max(abs(low), abs(high))
+        while high - low > exact:
             middle = (low + high) / 2.0
             moved = (lambda value, by=middle: value * (1.0 + by)) if relative else (lambda value, by=middle: value + by)
             if likelihood_below(first, second, moved) < likelihood:
@@ -5618,7 +7066,7 @@ class ComparedStage(NamedTuple):
     samples: Mapping[str, Sample]
     success_alike: float
     rates: Mapping[str, Sequence[float]]
-    means: Mapping[str, float]  # tokens of prompts and answers, characters of answers
+    means: Mapping[str, Tuple[float, float]]  # mean and its error: tokens of prompts, answers; characters of answers
 
 
 @dataclass
@@ -5686,12 +7134,12 @@ def given_spans(rows: Rows, rate: str) -> List[Tuple[float, float, float]]:
 
 def spread_evenly(spans: Iterable[Tuple[float, float, float]], zero: float, width: float, number: int) -> List[float]:
     """The amount in each of so many equal blocks of time, of spans (from, to, how much) spread evenly over theirs."""
-    totals = [0.0] * number
+    totals, last_end = [0.0] * number, zero + number * width
     for begin, end, much in spans:
         first = int((begin - zero) // width)
         last = int((end - zero) // width)
         if first == last or end <= begin:
-            if 0 <= last <= number:  # the very end belongs to the last block
+            if last >= 0 and end <= last_end * (1 + 1e-12):  # the very end belongs to the last block
                 totals[min(last, number - 1)] += much
             continue
         for block in range(max(0, first), min(last, number - 1) + 1):
@@ -5731,7 +7179,8 @@ def compared_stage(
     for column in ("in_tokens", "out_tokens", "out_chars"):
         values = rows.successful(column)
         if values:
-            means[column] = math.fsum(values) / len(values)
+            figures_of = describe(values) or {}
+            means[column] = figures_of["mean"], figures_of["stdev"] / math.sqrt(len(values))
     known = {metric: sample for metric, sample in samples.items() if sample is not None}
     return ComparedStage(rows.load, name, figures, known, flags_inflation(flags), rates, means)
 
@@ -5803,10 +7252,12 @@ def share_chances(values: Sequence[float], counts: Sequence[int], alike: float) 
     return [beta_chance(value * n + 0.5, (1.0 - value) * n + 0.5, _as_it_is) for value, n in zip(values, worth)]
 
 
-def mean_chances(values: Sequence[float], parts: Sequence[Sequence[float]]) -> Optional[List[Chance]]:
+def mean_chances(
+    values: Sequence[float], counts: Sequence[int], parts: Sequence[Sequence[float]]
+) -> Optional[List[Chance]]:
     """Of two means or rates, from their values in blocks; both with the larger of the two errors."""
     errors = [mean_error(blocks) for blocks in parts]
-    if errors[0] is None or errors[1] is None:
+    if min(counts) < INDEPENDENT or errors[0] is None or errors[1] is None:
         return None
     return [mean_chance(value, value * max(errors), len(blocks)) for value, blocks in zip(values, parts)]
 
@@ -5828,10 +7279,10 @@ def chances_of(stages: Sequence[ComparedStage], metric: str, stat: str) -> Optio
     if metric in SHARE_FIGURES:
         return share_chances(values, counts, max(stage.success_alike for stage in stages))
     if not stat:
-        return mean_chances(values, [stage.rates.get(metric, ()) for stage in stages])
+        return mean_chances(values, counts, [stage.rates.get(metric, ()) for stage in stages])
     samples = [stage.samples[metric] for stage in stages]
     if stat == "mean":
-        return mean_chances(values, [sample.parts for sample in samples]) if min(counts) >= INDEPENDENT else None
+        return mean_chances(values, counts, [sample.parts for sample in samples])
     return percentile_chances(samples, stat)
 
 
@@ -5858,42 +7309,49 @@ def difference_of(first: ComparedStage, second: ComparedStage, metric: str, stat
     return found
 
 
-def own_error_ms(*stages: ComparedStage) -> float:
-    """What the clients of these stages can't tell apart, in ms: how late they read, and what that did to TTFT (P99)."""
-    clients = [stage.figures.get("client", {}) for stage in stages]
-    errors = [(client.get(name) or {}).get("p99", 0.0) for client in clients for name in ("lag_ms", "ttft_slack_ms")]
-    return max(SMALLEST_MS, *errors)
-
-
-def too_small(difference: Difference, error_ms: float) -> bool:
-    """Whether a change is less than what can be told apart, or than two runs of one endpoint differ by."""
-    if difference.metric in SHARE_FIGURES:
-        return False
-    before, after = difference.values
-    in_time = difference.metric.endswith("_ms") and abs(after - before) < error_ms
-    return in_time or abs(difference.change) < SMALLEST_CHANGE
-
-
-def put_in_words(pairs: Sequence["ComparedPair"], judged: bool) -> None:
-    """Better, worse or none for every difference of two runs, all of their stages considered together."""
-    known = [(row, pair.error_ms) for pair in pairs for row in pair.rows if row.likely is not None]
-    adjusted = holm([row.likely for row, _ in known])
-    for (row, error), likely in zip(known, adjusted):
-        if not judged:
-            row.word = "unjudged"
-        elif likely <= CERTAIN and not too_small(row, error):
-            row.word = "better" if (row.change > 0) == is_better_high(row.metric) else "worse"
-        elif not row.low <= 0.0 <= row.high:
-            row.note = "small" if too_small(row, error) else "chance"
-
-
 class ComparedPair(NamedTuple):
-    """Two stages of one load: the stages, every difference between them, and what their clients can't tell apart."""
+    """Two stages of one load, and every difference between them."""
 
     first: ComparedStage
     second: ComparedStage
     rows: List[Difference]
-    error_ms: float
+
+
+def own_error_ms(pair: ComparedPair, metric: str, stat: str) -> float:
+    """What the clients of two stages can't tell apart in a time, in ms, at the same percentile.
+
+    By how much a first text may have come earlier than its read shows; where the kernel gives no arrival times also how
+    late it was read. Between the tokens of an answer it is shared.
+    """
+    worst = SMALLEST_MS
+    for stage in (pair.first, pair.second):
+        client = stage.figures.get("client", {})
+        names = ["ttft_slack_ms"] + ["lag_ms"] * (client.get("clock", "kernel") != "kernel")
+        worst = max([worst] + [(client.get(name) or {}).get(stat, 0.0) for name in names])
+    tokens = min(stage.means.get("out_tokens", (2.0, 0.0))[0] for stage in (pair.first, pair.second))
+    return worst / max(1.0, tokens - 1.0) if metric == "tpot_ms" else worst
+
+
+def too_small(pair: ComparedPair, difference: Difference) -> bool:
+    """Whether a change is less than what can be told apart, or than two runs of one endpoint differ by."""
+    if difference.metric in SHARE_FIGURES:
+        return False
+    (before, after), metric = difference.values, difference.metric
+    if metric.endswith("_ms") and abs(after - before) < own_error_ms(pair, metric, difference.stat):
+        return True
+    return abs(difference.change) < SMALLEST_CHANGE
+
+
+def put_in_words(pairs: Sequence[ComparedPair], judged: bool) -> None:
+    """Better, worse or none for every difference of two runs, all of their stages considered together."""
+    known = [(pair, row) for pair in pairs for row in pair.rows if row.likely is not None]
+    for (pair, row), likely in zip(known, holm([row.likely for _, row in known])):
+        if not judged:
+            row.word = "unjudged"
+        elif likely <= CERTAIN and not too_small(pair, row):
+            row.word = "better" if (row.change > 0) == is_better_high(row.metric) else "worse"
+        elif not row.low <= 0.0 <= row.high:
+            row.note = "small" if too_small(pair, row) else "chance"
 
 
 def compared_figures(first: ComparedStage, second: ComparedStage) -> Iterator[Tuple[str, str]]:
@@ -5986,7 +7444,7 @@ def compare_runs(first: ComparedRun, second: ComparedRun, conditions: Sequence[C
         one, two = first.stages[number], second.stages[other]
         rows = [difference_of(one, two, metric, stat, metric not in SHARE_FIGURES)
                 for metric, stat in compared_figures(one, two)]  # fmt: skip
-        pairs.append(ComparedPair(one, two, rows, own_error_ms(one, two)))
+        pairs.append(ComparedPair(one, two, rows))
     put_in_words(pairs, judged)
     outcomes = [hold_condition(condition, second.letter, pair, judged) for condition in conditions for pair in pairs]
     return Against(second, pairs, places, (mine, theirs), find_unfair(first, second, pairs), outcomes, judged)
@@ -6041,6 +7499,7 @@ SETTINGS = (
     header_setting("tool_version", "tool_version", False), header_setting("python", "python", False),
 )  # fmt: skip
 LENGTH_APART = 0.05  # of the mean length of prompts or answers: more makes times and token rates another matter
+LENGTH_ERRORS = 3.0  # standard errors that it is apart at least: a few answers differ in length by chance
 CACHED_APART = 5.0  # points of the share of prompt tokens that came from a cache
 SET_BY_LOAD = frozenset(("arrival",))  # says nothing of a closed loop
 SAID_OTHERWISE = frozenset(("few", "clock"))  # reasons of a verdict that rows or settings say themselves
@@ -6089,9 +7548,12 @@ def unlike_lengths(letter: str, pairs: Sequence[ComparedPair]) -> Iterator[Unfai
     for side in ("in_tokens", "out_tokens", "out_chars"):
         apart = []
         for pair in pairs:
-            one, two = pair.first.means.get(side), pair.second.means.get(side)
-            both_count_tokens = "out_tokens" in pair.first.means and "out_tokens" in pair.second.means
-            if one and two and abs(two / one - 1.0) > LENGTH_APART and not (side == "out_chars" and both_count_tokens):
+            (one, error), (two, other) = (stage.means.get(side, (0.0, 0.0)) for stage in (pair.first, pair.second))
+            tokens_known = "out_tokens" in pair.first.means and "out_tokens" in pair.second.means
+            certain = abs(two - one) > LENGTH_ERRORS * math.hypot(error, other)
+            if one and two and abs(two / one - 1.0) > LENGTH_APART and certain and not (
+                side == "out_chars" and tokens_known
+            ):
                 apart.append((abs(math.log(two / one)), one, two, pair.first.name))
         if apart:
             _, one, two, name = max(apart, key=lambda entry: entry[0])
@@ -6106,7 +7568,7 @@ def unlike_lengths(letter: str, pairs: Sequence[ComparedPair]) -> Iterator[Unfai
     if worst[0] > CACHED_APART:
         yield Unfair("cached", letter, {"first": worst[1] / 100.0, "second": worst[2] / 100.0})
 # ==================================================================================================
-# 9. Load: which request belongs to which part, and when it is due
+# 11. Load: which request belongs to which part, and when it is due
 # ==================================================================================================
 #
 # Pure arithmetic without a clock. Every part (a process p of P on host k of n) computes the whole
@@ -6386,7 +7848,7 @@ def planned_stages(config: Config) -> List[Stage]:
 
 
 # ==================================================================================================
-# 10. Connection: sockets, TLS, and the moment at which bytes arrived
+# 12. Connection: sockets, TLS, and the moment at which bytes arrived
 # ==================================================================================================
 #
 # The event loop gets to a socket late when a thousand of them become readable at once; the kernel
@@ -6405,6 +7867,13 @@ def planned_stages(config: Config) -> List[Stage]:
 # interpreter's lock) returns late from a wait, and what it finds may have come at any time of it: a stamp
 # well before the return gives that away, and `look` is taken back to before the wait. A poll that doesn't
 # wait may return late as well, and has not seen what came meanwhile: what follows it counts from its call.
+#
+# Opening is a row of steps: look the name up, connect, have the proxy put us through, agree on TLS. Each may be
+# asked alone, since whoever looks for a fault wants to know at which one it ended. An https endpoint behind a proxy is
+# reached by CONNECT, spoken on the stamped socket before asyncio gets it, so that the stamps stay; an http one in
+# absolute form, as proxies refuse CONNECT to port 80. A proxy that is itself spoken to in TLS is refused: TLS inside
+# TLS would take the socket, and with it the stamps, away from us. With several addresses the next one is tried beside
+# one that lets us wait (RFC 8305), and the one that answered is the first to be tried from then on.
 #
 # `Connection` is the only I/O in the hot path. Once open_connection has set up the transport it takes
 # the place of its StreamReader: bytes go to the receiver in the callback in which they were read,
@@ -6618,12 +8087,13 @@ class Connection(asyncio.Protocol):
     def facts(self) -> Facts:
         """What is known of this connection; asked of the transport, so that a run pays for it only where it asks."""
         tell = self._transport.get_extra_info
-        tls = tell("ssl_object")
-        cipher = tls.cipher() if tls is not None else None
+        tls, version, cipher, certificate = tell("ssl_object"), None, None, None
+        if tls is not None:
+            with contextlib.suppress(ValueError):  # an alert has undone the handshake
+                version, cipher, certificate = tls.version(), tls.cipher(), tls.getpeercert(binary_form=True)
         return Facts(
-            show_address(tell("peername")), show_address(tell("sockname")), self._proxy,
-            tls.version() if tls is not None else None, cipher[0] if cipher else None,
-            tls.getpeercert(binary_form=True) if tls is not None else None, *self._spans,
+            show_address(tell("peername")), show_address(tell("sockname")), self._proxy, version,
+            cipher[0] if cipher else None, certificate, *self._spans,
         )  # fmt: skip
 
     def send(self, payload: bytes, receiver: Any) -> float:
@@ -6793,7 +8263,8 @@ def describe_tls_error(error: BaseException) -> str:
     text = str(text).strip()
     if "WRONG_VERSION_NUMBER" in text or "HTTP_REQUEST" in text or "RECORD_LAYER" in text:
         return "the port does not speak TLS: use http:// if it is plain HTTP"
-    meaning = next((meaning for name, meaning in TLS_ALERTS.items() if name in text), "")
+    shouted = text.upper().replace(" ", "_")  # Python 3.7 has no names for the alerts of TLS 1.3, but their words
+    meaning = next((meaning for name, meaning in TLS_ALERTS.items() if name in shouted), "")
     if meaning:
         return meaning
     if "mismatch" in text and getattr(error, "verify_message", ""):
@@ -6906,7 +8377,7 @@ def names_host(entry: str, host: str, port: int) -> bool:
 
 def is_loopback(host: str) -> bool:
     """Whether a host is this machine itself, as its URL says it."""
-    return host == "localhost" or host.endswith(".localhost") or host.startswith("127.") or host == "::1"
+    return host in ("localhost", "::1") or bool(re.match(r"^127(\.[0-9]+){3}$|.*\.localhost$", host))
 
 
 class Route(NamedTuple):
@@ -7000,9 +8471,9 @@ def check_way(endpoint: Endpoint, config: Config) -> Route:
 
 def refused_by_proxy(head: Head, proxy: Optional[Proxy]) -> RequestError:
     """What a proxy's refusal means; None: a proxy of which no more is known here."""
-    whom = "the proxy" if proxy is None else "the proxy " + proxy.authority
-    told = ("%s answers HTTP %d %s" % (whom, head.status, head.reason)).strip()
-    if head.status == 407:
+    told = ("HTTP %d %s" % (head.status, head.reason)).strip() + " from the proxy"
+    told += " " + proxy.authority if proxy is not None else ""
+    if head.status in (401, 407):  # tinyproxy answers 401 to a wrong password
         offered = head.headers.get("proxy-authenticate", "")
         schemes = re.findall(r"(?i)\b(basic|digest|ntlm|negotiate|kerberos)\b", offered)
         if schemes and "basic" not in map(str.lower, schemes):
@@ -7011,7 +8482,7 @@ def refused_by_proxy(head: Head, proxy: Optional[Proxy]) -> RequestError:
         elif proxy is not None and proxy.userinfo:
             told += ": it refuses this user or password"
         else:
-            told += ": it wants a user and password that it knows, --proxy http://USER:PASSWORD@HOST:PORT"
+            told += ": it wants a user and password that it knows, as USER:PASSWORD@ before its host in --proxy"
     return RequestError("proxy_error", told)
 
 
@@ -7148,7 +8619,7 @@ class Network:
         if self._tls is not None:
             settings = {"ssl": self._tls, "server_hostname": self._name, "ssl_handshake_timeout": left + 1}
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(sock=sock, **settings), left)
+            reader, writer = await asyncio.wait_for(asyncio.open_connection(sock=sock, **settings), left)
         except asyncio.CancelledError:
             raise
         except asyncio.TimeoutError:
@@ -7158,10 +8629,16 @@ class Network:
         except OSError as error:
             status = "tls_error" if self._tls is not None else "connect_error"
             raise RequestError(status, "during the TLS handshake: " + describe_os_error(error)) from None
+        if self._tls is not None and sock.fileno() < 0:  # an alert came right behind the handshake's end
+            await asyncio.sleep(0)  # the turn of the loop in which the reader is told
+            why = reader.exception()
+            raise RequestError("tls_error", describe_tls_error(why) if why else "closed after the TLS handshake")
         return writer
 
     def take(self, sock: StampedSocket, writer: asyncio.StreamWriter, spans: Spans) -> Connection:
         """The connection that these steps made; raises RequestError when the peer spoke or left before it was asked."""
+        if sock.fileno() < 0:  # its end was told to the reader that `Connection` would take the place of
+            raise RequestError("truncated", "connection closed before the head")
         proxy = self.route.proxy.url if self.route.proxy is not None else None
         connection = Connection(sock, writer, self.poll, sum(spans), proxy, spans)
         if sock.ended:  # before `Connection` took over, which so never hears of it
@@ -7170,7 +8647,9 @@ class Network:
         if sock.reads and self._tls is None:
             connection.close()
             raise RequestError("parse_error", "the peer spoke before it was asked: not an HTTP server")
-        self.facts = connection.facts
+        facts = connection.facts
+        if self._tls is None or facts.tls_version is not None:
+            self.facts = facts
         return connection
 
     def _addresses(self) -> asyncio.Future:
@@ -7369,7 +8848,7 @@ def wake_kernel_stamps() -> socket.socket:
                 keeper.recv(1)
     return keeper
 # ==================================================================================================
-# 11. Exchange: one request from its first byte to its end
+# 13. Exchange: one request from its first byte to its end
 # ==================================================================================================
 #
 # Arrived bytes with their times go in, frames are taken from them, and what a record needs is kept:
@@ -7410,6 +8889,8 @@ class Exchange:
         self.parser = provider.events()
         self.decoder = provider.decoder()
         self.decoder.line = self.parser.LINE
+        own = type(self.decoder).__module__ == __name__
+        self.failures: Type[Exception] = ParseError if own else Exception  # code of a user's may raise anything
         self.think = ThinkTags(config.think_tags)
         self.plain: Callable[[bytes], bytes] = self.decoder.plain if self.think.settled else never_plain
         self.chunk_times: Optional[List[float]] = [] if config.record_chunks else None
@@ -7471,9 +8952,9 @@ class Exchange:
                 frames = self.read_frames
                 if frames > 1 and frames > before and now - look > lag:
                     lag = now - look
-        except ParseError as error:
+        except self.failures as error:
             self.error_raw = self.error_raw or data[:RAW_LIMIT]
-            self.finish("parse_error", str(error), stamp)
+            self.finish("parse_error", failure_text(error), stamp)
             return False
         if lag > self.lag:
             self.lag = lag
@@ -7505,6 +8986,10 @@ class Exchange:
                 if self.end_at is not None:
                     self._settle()
                     return
+                head = self.reader.head
+                if head is not None and head.status == 407:  # the proxy resets, for it left our body unread
+                    self._refused(head)
+                    return
                 self._give_held()
                 self.finish("truncated", "%s %s" % (reason, error), self.arrived)
 
@@ -7524,7 +9009,8 @@ class Exchange:
             if not first:
                 self._consume_stream(body, stamp, now, look)  # blank lines before a stream
             return
-        if head.status >= 300 or (first in b"{[<" and self.parser.__class__ is SSEParser):
+        whole = first in b"{[<" and not (self.provider.streams and isinstance(self.parser, NDJSONParser))
+        if head.status >= 300 or whole:
             self.stream = False
             self._consume = self._collect
         else:
@@ -7567,9 +9053,10 @@ class Exchange:
         """All events of one read, which share its stamp, behind those of a run."""
         outputs = self._note_texts(run) if run else 0
         plain, texts = self.plain, []  # type: Callable[[bytes], bytes], List[bytes]
+        wanted = self.decoder.kind
         for kind, data in events:
             text = plain(data)
-            if text and kind == "message":
+            if text and kind == wanted:
                 texts.append(text)
                 continue
             if texts:
@@ -7577,7 +9064,7 @@ class Exchange:
                 texts = []
             if self.ended_by != "done" and self.status is None:
                 outputs += self._read_event((kind, data), stamp)
-                plain = self.plain
+                plain, wanted = self.plain, self.decoder.kind
         if texts:
             outputs += self._note_texts(texts)
         last = events[-1]
@@ -7695,9 +9182,9 @@ class Exchange:
                 tail = self.parser.tail()
                 if tail:
                     self._take(tail, stamp)
-        except ParseError as error:
+        except self.failures as error:
             self.error_raw = self.error_raw or bytes(self.whole[:RAW_LIMIT])
-            self.finish("parse_error", str(error), stamp)
+            self.finish("parse_error", failure_text(error), stamp)
             return
         if self.status is None:
             self._settle()
@@ -7713,7 +9200,8 @@ class Exchange:
         elif not self.chunks:
             self.finish("empty", "the answer ended without any output", self.end_at or self.arrived)
         elif self.end_at is None and required:
-            self.finish("truncated", "the stream ended without an end: neither finish reason nor [DONE]", self.arrived)
+            missing = "the stream ended without an end: neither finish reason nor end marker"
+            self.finish("truncated", missing, self.arrived)
         else:
             if self.end_at is None:
                 self.end_at = self.arrived
@@ -7739,11 +9227,12 @@ class Exchange:
             elif frame.kind == "usage" and frame.usage:
                 self.usage = frame.usage
             elif frame.kind == "end":
-                self.finish_reason = frame.text or None
+                self.finish_reason = self.finish_reason or frame.text or None
             elif frame.kind == "error":
                 self.error_raw = raw[:RAW_LIMIT]
                 self.finish("stream_error", frame.text, stamp)
-        self.end_at = stamp
+        if self.status is None:
+            self.end_at = stamp
 
     def _refused(self, head: Head) -> None:
         body = bytes(self.whole)
@@ -7756,7 +9245,7 @@ class Exchange:
         if head.status < 400 and "location" in head.headers:
             cause = "redirect to %s, which is not followed; give that URL" % head.headers["location"][:200]
         else:
-            cause = describe_body(body) or head.reason
+            cause = describe_body(body, self.decoder.refusal) or head.reason
         self.finish(status, "HTTP %d%s" % (head.status, ": " + cause if cause else ""), self.arrived)
 
     def deadline(self) -> Tuple[float, str]:
@@ -7794,6 +9283,11 @@ class Exchange:
         return self.reader.reusable() and self.status not in ("cancelled", "timeout", "parse_error", "stream_error")
 
 
+def failure_text(error: Exception) -> str:
+    """What could not be read, or how the code of a provider's file failed on it."""
+    return str(error) if isinstance(error, ParseError) else "the provider's code failed: " + where_it_failed(error, "")
+
+
 def no_call() -> None:
     """Stands in for a callback that nobody asked for."""
 
@@ -7803,15 +9297,19 @@ def never_plain(_: bytes) -> bytes:
     return b""
 
 
-def describe_body(body: bytes) -> str:
-    """What an error body says, in one line: its JSON error, or its first words."""
-    try:
-        return error_of(json.loads(body.decode("utf-8", "replace")), "error") or ""
-    except (ValueError, RecursionError):
-        text = re.sub(
-            r"<(script|style)[^>]*>.*?</\1>|<[^>]*>", " ", body[:4096].decode("utf-8", "replace"), flags=re.S | re.I
-        )
-        return " ".join(text.split())[:200]
+def describe_body(body: bytes, refusal: Callable[[Any], Optional[str]] = Decoder().refusal) -> str:
+    """What an error body says, in one line: its JSON error, also inside an event stream, or its first words."""
+    datas = [body]
+    if may_begin_stream(body):  # DashScope's refusals are, under whatever Content-Type
+        parser = LooseSSEParser()
+        datas += [data for _, data in [*parser.feed(body), *parser.tail()]]
+    for data in datas:
+        with contextlib.suppress(ValueError, RecursionError):
+            return refusal(json.loads(data.decode("utf-8", "replace"))) or ""
+    text = re.sub(
+        r"<(script|style)[^>]*>.*?</\1>|<[^>]*>", " ", body[:4096].decode("utf-8", "replace"), flags=re.S | re.I
+    )
+    return " ".join(text.split())[:200]
 
 
 def event_text(event: Optional[Event]) -> Optional[str]:
@@ -7819,13 +9317,14 @@ def event_text(event: Optional[Event]) -> Optional[str]:
     if event is None:
         return None
     kind, data = event
-    lines = ["data: " + line for line in data[:RAW_LIMIT].decode("utf-8", "replace").split("\n")]
-    text = "\n".join((["event: " + kind] if kind != "message" else []) + lines)
+    field = "" if kind == STRAY else "data: "
+    lines = [field + line for line in data[:RAW_LIMIT].decode("utf-8", "replace").split("\n")]
+    text = "\n".join((["event: " + kind] if kind not in ("message", STRAY) else []) + lines)
     return text.encode("utf-8", "replace")[:RAW_LIMIT].decode("utf-8", "ignore")
 
 
 # ==================================================================================================
-# 12. Runner: load, prompts and connections to records
+# 14. Runner: load, prompts and connections to records
 # ==================================================================================================
 #
 # `Runner` knows two kinds of load. In a closed loop each of N streams sends its next request when the
@@ -8480,10 +9979,8 @@ class Runner:
         finally:
             watch.stop()
             stream.exchange = None
-        if exchange.dead and connection.alert and not connection.used:
-            connection.close()
-            stream.connection = None
-            raise RequestError("tls_error", connection.alert)
+        if exchange.dead and not connection.used:
+            self._blame_tls(stream, connection, exchange)
         path = connection.measure_path()
         attempt = Attempt(exchange, connection.used, connection.connect_seconds, opened, path, freed)
         if exchange.reusable() and connection.open:
@@ -8492,6 +9989,17 @@ class Runner:
             connection.close()
             stream.connection = None
         return attempt
+
+    def _blame_tls(self, stream: Stream, connection: Connection, exchange: Exchange) -> None:
+        """Says why a new connection ended unused, where TLS may be it: a refusal of 1.3 comes after the handshake."""
+        if connection.alert:
+            connection.close()
+            stream.connection = None
+            raise RequestError("tls_error", connection.alert)
+        facts = self.network.facts
+        if facts is not None and facts.tls_version == "TLSv1.3" and not self.config.client_cert:
+            exchange.err = "%s, right after the TLS handshake: an endpoint that wants a client certificate " \
+                "(--client-cert) does that" % exchange.err
 
     def _closing(self) -> bool:
         """Whether nothing may be sent any more."""
@@ -8580,7 +10088,7 @@ class Runner:
             date = read_http_date(reader.head.headers.get("date", ""))
             if date is not None and exchange.ttfb_at is not None and self._audit is not None:
                 self._audit.note_date(date, exchange.start + self.epoch, exchange.ttfb_at + self.epoch)
-            if reader.head.status < 300 and not exchange.stream:
+            if reader.head.status < 300 and not exchange.stream and self.provider.streams:
                 record.streamed = False
         record.finish_reason = exchange.finish_reason
         if record.status != "ok" and exchange.error_raw:
@@ -8617,6 +10125,7 @@ class Runner:
             record.out_chars = exchange.chars
             record.out_crc32 = "%08x" % exchange.decoder.crc if exchange.chars else None
             record.reasoning_chars = exchange.reasoning_chars or None
+            record.rewrites = exchange.decoder.rewrites or None
         if self.config.token_mode == "usage":
             for key, value in exchange.usage.items():
                 setattr(record, key, value)
@@ -8815,7 +10324,9 @@ def secret_texts(tree: Any, secret: bool = False) -> Iterator[str]:
 def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
     """Every text that must never be shown: tokens, keys, passwords of URL and proxy, values of telling headers."""
     secrets = [config.token, *config.fetched, config.auth_secret, config.auth_key]
-    secrets += [value for name, value in config.auth_opt.items() if is_secret_name(name)]
+    secrets += [value for name, value in config.auth_opt.items() if is_secret_option(name)]
+    exchange = urlsplit(config.auth_opt.get("exchange-url", ""))
+    secrets += [value for name, value in parse_qsl(exchange.query) if is_secret_name(name)]
     if config.auth_secret:
         secrets.append(basic_header(config.auth_key + ":" + config.auth_secret)[1].split(" ")[1])
     if config.auth == "basic" and config.token:
@@ -9022,7 +10533,7 @@ class TokenKeeper:
 
 
 # ==================================================================================================
-# 13. Processes: a run in several processes
+# 15. Processes: a run in several processes
 # ==================================================================================================
 #
 # With several processes each is a part with a loop of its own, which appends its own records. They are
@@ -9340,7 +10851,7 @@ def choose_processes(wanted: Union[int, str], config: Config) -> int:
 
 
 # ==================================================================================================
-# 14. Report: a summary and its rows to one offline page
+# 16. Report: a summary and its rows to one offline page
 # ==================================================================================================
 #
 # report.html is a function of the summary, the run's header and the measured requests in columns. Python writes the
@@ -9634,9 +11145,9 @@ def successful_pairs(rows: "Rows", one: str, other: str) -> Tuple[array.array, a
 
 
 def stage_view(number: int, figures: Mapping, rows: "Rows", gates: Sequence[Mapping], judged: bool,
-               name: Mapping[str, float]) -> StageView:
-    """One stage, with the samples that several charts need sorted once."""
-    sampled = SAMPLED + DUE_SAMPLED if is_open(rows.load) else SAMPLED
+               name: Mapping[str, float], drawn: bool) -> StageView:
+    """One stage, with the samples that several charts need sorted once; without them where nothing is drawn."""
+    sampled = () if not drawn else SAMPLED + DUE_SAMPLED if is_open(rows.load) else SAMPLED
     samples = {column: array.array("d", sorted(successful(rows, column))) for column in sampled}
     return StageView(number, figures, rows, gates, judged, samples, name)
 
@@ -9646,12 +11157,12 @@ def stage_gates(summary: Mapping, figures: Mapping, stage: int) -> Sequence[Mapp
     return figures.get("slo") or [gate for gate in summary.get("slo", ()) if gate.get("stage") in (None, stage)]
 
 
-def stage_views(summary: Mapping, rows: Sequence["Rows"]) -> List[StageView]:
+def stage_views(summary: Mapping, rows: Sequence["Rows"], drawn: bool = True) -> List[StageView]:
     """The stages of a run; a gate belongs to the stage that it names."""
     judged = summary.get("verdict", {}).get("state") != "INVALID"
     names = load_names([stage_rows.load for stage_rows in rows])
-    return [stage_view(number, figures, stage_rows, stage_gates(summary, figures, stage_rows.stage), judged, name)
-            for number, (figures, stage_rows, name) in enumerate(zip(summary.get("stages") or [summary], rows, names))]
+    return [stage_view(number, block, stage_rows, stage_gates(summary, block, stage_rows.stage), judged, name, drawn)
+            for number, (block, stage_rows, name) in enumerate(zip(summary.get("stages") or [summary], rows, names))]
 
 
 def queue_metric(metric: str, load: Mapping[str, float]) -> str:
@@ -11804,6 +13315,12 @@ HEADLINES = (("success_rate", ""), ("ttft_ms", "p50"), ("latency_ms", "p50"), ("
 Said = Mapping[str, str]  # the texts of one language
 
 
+def worded(texts: Said, group: str, name: str) -> str:
+    """The text of a name in a group: of a word, a setting, why its difference is unfair, a condition's outcome."""
+    key = group + "." + name
+    return texts[key]
+
+
 def signed(value: float) -> str:
     """A change in numbers, with as many decimals as it takes not to be 0: +10.2, −0.35, +120."""
     size = abs(value)
@@ -11828,7 +13345,7 @@ def change_words(texts: Said, metric: str, change: Optional[float], relative: bo
         return texts["unit.points"].format(n=signed(100.0 * change))
     if relative:
         return texts["change.percent"].format(n=signed(100.0 * change))
-    return "%s\u00a0%s" % (signed(change), METRICS[metric].unit)
+    return "%s\u00a0%s" % (signed(change), METRICS[metric].unit)  # only conditions; none is on characters
 
 
 def interval_words(texts: Said, found: Difference, relative: bool = True) -> str:
@@ -11839,9 +13356,14 @@ def interval_words(texts: Said, found: Difference, relative: bool = True) -> str
     return texts["change.interval"].format(low=signed(times * found.low), high=signed(times * found.high))
 
 
+def metric_words(texts: Said, metric: str) -> str:
+    """What a metric is called in a language."""
+    return worded(texts, "metric", metric) if "metric." + metric in texts else METRICS[metric].label
+
+
 def figure_words(texts: Said, metric: str, stat: str) -> str:
     """What a figure is called in a language: TTFT P95."""
-    name = texts.get("metric." + metric, METRICS[metric].label)
+    name = metric_words(texts, metric)
     return "%s %s" % (name, texts.get("column." + stat, stat.upper())) if stat else name
 
 
@@ -11851,11 +13373,18 @@ def row_scale(found: Difference) -> Scale:
     return SECONDS if values and min(values) >= 2000.0 else MILLISECONDS
 
 
-def row_unit(found: Difference) -> str:
-    """What stands behind a row's name: its unit; a share carries its own."""
+def row_name(texts: Said, found: Difference) -> str:
+    """What a row is called, with its unit: TTFT P95, ms; a share's values carry their own."""
+    name = figure_words(texts, found.metric, found.stat)
     if is_in_points(found.metric):
-        return ""
-    return row_scale(found).unit if found.metric.endswith("_ms") else METRICS[found.metric].unit
+        return name
+    unit = row_scale(found).unit if found.metric.endswith("_ms") else figure_unit(texts, found.metric)
+    return "%s, %s" % (name, unit)
+
+
+def figure_unit(texts: Said, metric: str) -> str:
+    """The unit of a figure as the summary has it; characters have no entry in METRICS."""
+    return METRICS[metric].unit if metric in METRICS else texts["terminal.chars_per_s"]
 
 
 def row_value(texts: Said, found: Difference, value: Optional[float]) -> str:
@@ -11869,16 +13398,16 @@ def row_value(texts: Said, found: Difference, value: Optional[float]) -> str:
 
 def word_of(texts: Said, found: Difference) -> str:
     """Better, worse, no difference shown; with the mark of its footnote."""
-    return texts["word." + found.word] + {"chance": " ‡", "small": " §"}.get(found.note, "")
+    return worded(texts, "word", found.word) + {"chance": " ‡", "small": " §"}.get(found.note, "")
 
 
 def footnotes(texts: Said, against: Sequence[Against]) -> List[str]:
     """What the marks of these comparisons mean, those that are there."""
     rows = [row for one in against for row in one.rows]
     judged = sum(row.likely is not None for row in rows)
-    keys = ["footnote." + note for note in ("chance", "small") if any(row.note == note for row in rows)]
-    keys += ["footnote.few"] if any(row.word == "few" for row in rows) else []
-    return [texts[key].format(n=judged) for key in keys]
+    notes = [note for note in ("chance", "small") if any(row.note == note for row in rows)]
+    notes += ["few"] if any(row.word == "few" for row in rows) else []
+    return [worded(texts, "footnote", note).format(n=judged) for note in notes]
 
 
 def setting_words(texts: Said, key: str, value: Any) -> str:
@@ -11897,7 +13426,7 @@ def setting_words(texts: Said, key: str, value: Any) -> str:
         return texts["wall.seconds"].format(n="%g" % value)
     named = {"token_mode": "tokens.", "clock": ""}.get(key)
     if named is not None and named + str(value) in texts:
-        return texts[named + str(value)]
+        return texts.get(named + str(value), "")
     return plain(json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value)
 
 
@@ -11905,22 +13434,23 @@ def unfair_words(texts: Said, unfair: Unfair) -> str:
     """Why a comparison is unfair, in the words of a language."""
     values = unfair.values
     if unfair.key == "verdict":
-        reasons = " ".join(reason_said(texts, reason) for reason in values["reasons"])
-        return texts["unfair.verdict"].format(run=values["run"], state=texts["verdict." + values["state"].lower()],
+        reasons = texts["reason.between"].join(reason_said(texts, reason) for reason in values["reasons"])
+        state = worded(texts, "verdict", values["state"].lower())
+        return texts["unfair.verdict"].format(run=values["run"], state=state,
                                               reasons=reasons)
     if unfair.key == "setting":
         key = values["key"]
         first, second = (setting_words(texts, key, values[side]) for side in ("first", "second"))
-        return texts["unfair.setting"].format(name=texts["setting." + key], first=first, letter=unfair.letter,
-                                              second=second, why=texts["unfair." + key])
+        return texts["unfair.setting"].format(name=worded(texts, "setting", key), first=first, letter=unfair.letter,
+                                              second=second, why=worded(texts, "unfair", key))
     if unfair.key == "load":
         first, second = (load_words(texts, values[side], True) for side in ("first", "second"))
     elif unfair.key == "cached":
         first, second = (percent_number(values[side]) for side in ("first", "second"))
     else:
         first, second = (figure(values[side]) for side in ("first", "second"))
-    key = "unfair." + (values["side"] if unfair.key == "length" else unfair.key)
-    text = texts[key].format(first=first, letter=unfair.letter, second=second)
+    name = values["side"] if unfair.key == "length" else unfair.key
+    text = worded(texts, "unfair", name).format(first=first, letter=unfair.letter, second=second)
     if not values.get("several"):
         return text
     return texts["load.of"].format(loads=load_words(texts, values["name"]), text=text)
@@ -11975,7 +13505,7 @@ def comparison_sentence(texts: Said, first: ComparedRun, one: Against) -> str:
         return texts["compare.few"].format(**values)
     kind = "both" if counts["better"] and counts["worse"] else \
         "better" if counts["better"] else "worse" if counts["worse"] else "none"
-    text = texts["compare." + kind].format(**values)
+    text = worded(texts, "compare", kind).format(**values)
     rest = kind != "none" and judged > counts["better"] + counts["worse"]
     return text + texts["compare.rest"] if rest else text
 
@@ -12018,11 +13548,11 @@ def change_row(page: Page, pair: ComparedPair, found: Difference, end: float) ->
     def value_cell(stage: ComparedStage, value: Optional[float]) -> Cell:
         block = stage.figures.get(found.metric) if found.stat else None
         mark = dagger(page, block, found.stat) if block and found.stat.startswith("p") else Markup("")
-        return Cell(joined((page.html(in_both(page, row_value, found, value)), mark)), "number value")
+        shown = page.html(in_both(page, row_value, found, value))
+        return Cell(joined((shown, mark)), "number value")
 
-    unit = row_unit(found)
-    name = in_both(page, lambda texts: figure_words(texts, found.metric, found.stat) + (", " + unit if unit else ""))
-    cells = [Cell(name), value_cell(pair.first, found.values[0]), value_cell(pair.second, found.values[1]),
+    cells = [Cell(in_both(page, row_name, found)), value_cell(pair.first, found.values[0]),
+             value_cell(pair.second, found.values[1]),
              Cell(in_both(page, change_words, found.metric, found.change), "number change"),
              Cell(in_both(page, interval_words, found), "number interval"),
              Cell(change_mark(page, found, end), "against"), Cell(in_both(page, word_of, found), "word")]
@@ -12112,7 +13642,7 @@ def overview_row(page: Page, one: Against, pair: ComparedPair) -> Tuple[str, Lis
             continue
         spoken = found.word in ("better", "worse")
         text = in_both(page, lambda texts, row=found, both_said=spoken: change_words(texts, row.metric, row.change) + (
-            " " + texts["word." + row.word] if both_said else ""))
+            " " + worded(texts, "word", row.word) if both_said else ""))
         cells.append(Cell(text, "number " + found.word))
     return "", cells
 
@@ -12207,7 +13737,7 @@ def setup_comparison(page: Page, runs: Sequence[ComparedRun]) -> Markup:
 
 def outcome_words(texts: Said, outcome: Outcome) -> str:
     """What became of a condition in the words of a language."""
-    return texts["condition." + outcome.state]
+    return worded(texts, "condition", outcome.state)
 
 
 def conditions_table(page: Page, against: Sequence[Against]) -> Markup:
@@ -12229,8 +13759,10 @@ def conditions_table(page: Page, against: Sequence[Against]) -> Markup:
         Cell(page.said("change.change"), "number"), Cell(page.said("change.95"), "number"),
         Cell(page.said("gate.result"), "result")]]
     failed = sum(outcome.state == "failed" for outcome in outcomes)
-    said = page.said("condition.said", k=failed, n=len(outcomes))
-    return page.fill("subsection", title=page.said("condition.title"), said=said, kind="failed" if failed else "passed",
+    judged = any(outcome.state != "unjudged" for outcome in outcomes)
+    said = page.said("condition.said", k=failed, n=len(outcomes)) if judged else page.said("gates.not_judged")
+    kind = "failed" if failed else "passed" if judged else ""
+    return page.fill("subsection", title=page.said("condition.title"), said=said, kind=kind,
                      content=table(page, head, rows, "gates conditions"))
 
 
@@ -12282,7 +13814,758 @@ def render_comparison(first: ComparedRun, against: Sequence[Against], language: 
 
 
 # ==================================================================================================
-# 15. Artifacts: records, summary <-> files
+# 17. Exits: a run for a ticket, for a CI server, and in one archive
+# ==================================================================================================
+#
+# What leaves the report's house. summary.md is a table to paste: what an endpoint said stands in code spans, where no
+# pipe, HTML, link or @name means anything. junit.xml is what CI servers read: a test for each gate of each stage, one
+# for each stage, one for the verdict; it fails where the exit status would be 1, 3 or 4. Both are functions of the
+# summary, and neither computes a figure.
+#
+# An archive is a gzipped tar of five plain files, results.jsonl last. The same run gives the same bytes. Whoever opens
+# one trusts nothing in it: nothing is unpacked by a name that stands in it, links and devices are refused, no file
+# and no line may be longer than its limit, and all of it may not be larger than a run can be beside the archive's size.
+#
+# `Redactor` takes hosts, prompts and texts out of a run's lines. It keeps what it knows to be harmless and masks every
+# other text, keys that a later version adds included; numbers stay, and the same text gets the same name throughout, so
+# that every figure of the summary is the one it was.
+
+
+# summary.md
+
+INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def code(text: object, most: int = 160) -> str:
+    """Text of a stranger's as a code span in a cell: no pipe, HTML, link or @name in it means anything.
+
+    >>> code("a|b `c`"), code("")
+    ('``a\\\\|b `c` ``', '–')
+    """
+    shown = re.sub(r"\s+", " ", INVISIBLE.sub("\ufffd", plain(text))).strip()
+    if not shown:
+        return DASH
+    shown = shown if len(shown) <= most else shown[:most].rstrip() + "…"
+    shown = re.sub(r"\\+(?=\|)", lambda match: match.group() + " ", shown).replace("|", "\\|")
+    ticks = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    blanks = [" " * (edge == "`") for edge in (shown[0], shown[-1])]
+    return ticks + blanks[0] + shown + blanks[1] + ticks
+
+
+
+def prose(text: str) -> str:
+    """A text of ours with its marks as Markdown's, everything else in it as it reads."""
+    text = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", INVISIBLE.sub("\ufffd", text.replace("\x01", "\ue001").replace(
+        "\x02", "\ue002"))).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"\s*\n\s*", " ", text.replace("\ue001", "**").replace("\ue002", "`"))
+
+
+def pipe_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> List[str]:
+    """A table as lines; the columns after the first ones are numbers and stand to the right."""
+    rule = ["---" if column < left else "--:" for column in range(len(heads))]
+    return ["", *("| %s |" % " | ".join(cells) for cells in (heads, rule, *rows))]
+
+
+class Ticket:
+    """What summary.md says of a run, in one language."""
+
+    def __init__(self, page: Page, language: str, summary: Mapping, header: Mapping, rows: Sequence["Rows"],
+                 end: Optional[Mapping]) -> None:
+        self.page, self.language = page, LANGUAGES.index(language)
+        self.summary, self.header, self.end = summary, header, end
+        self.stages = stage_views(summary, rows, False)
+        self.shown, self.why = choose_stage(self.stages, summary.get("find_max", {}))
+
+    def _said(self, key: str, **values: object) -> str:
+        return self._prose(self.page.said(key, **values))
+
+    def _prose(self, text: Text) -> str:
+        return prose(both(text)[self.language] if isinstance(text, Both) else plain(text))
+
+    def lines(self) -> List[str]:
+        """The whole of it."""
+        several = len(self.stages) > 1
+        made = ["### %s%s%s" % (self._said("kicker"), self._said("md.colon"), code(self.header.get("model", DASH)))]
+        made += pipe_table(["", ""], self._facts(), 2) + ["", *self._verdict()]
+        made += ["", self._prose(sentence(self.page, self.summary, self.stages, self.shown))]
+        if several:
+            made += ["", "**%s**" % self._said("md.figures_at", load=load_text(self.page, self.shown))]
+        made += self._figures()
+        made += self._stages() if several else self._gates()
+        made += self._errors()
+        if any("†" in line for line in made):
+            made += ["", self._said("terminal.limited")]
+        return [*made, "", self._footer(), ""]
+
+    def _facts(self) -> List[List[str]]:
+        header = self.header
+        if header.get("merged"):
+            place = code(both(host_fact(self.page, header))[self.language])
+        else:
+            place = ", ".join([code(header.get("host", DASH))] + [code(header[key]) for key in ("address", "os", "arch")
+                                                                  if header.get(key)])
+        load = self._prose(load_fact(self.page, self.stages, header.get("config", {})))
+        return [[self._said("fact.endpoint"), code(header.get("url", DASH), 400)],
+                [self._said("fact.when"), self._prose(run_times(header, self.stages)[0])],
+                [self._said("fact.from"), place], [self._said("fact.load"), load]]
+
+    def _verdict(self) -> List[str]:
+        verdict = self.summary["verdict"]
+        state = verdict["state"].lower()
+        made = ["**%s** %s" % (self._said("verdict." + state), self._said("verdict.%s.text" % state))]
+        reasons = ["- " + self._prose(reason_text(self.page, reason)) for reason in verdict["reasons"]]
+        made += [""] + reasons if reasons else []
+        early = self.end is not None and self.end.get("reason", "done") != "done"
+        cut = self.page.said("cut_off", at=duration_text(self.page, last_end(self.stages)), n=count(
+            sum(len(stage.rows) for stage in self.stages))) if self.end is None else both("")
+        made += ["", self._prose(cut)] if self.end is None else []
+        return made + (["", self._said("terminal.ended_early", reason=str(self.end["reason"]))] if early else [])
+
+    def _figures(self) -> List[str]:
+        """The six figures, each with the number of requests that it is made of."""
+        stage, rows = self.shown, []
+        requests, throughput = stage.requests, stage.figures.get("throughput", {})
+        rows.append([self._said("tile.success"), self._prose(percent(requests.get("success_rate"))), "", "",
+                     count(finished(stage))])
+        last = "tpot_ms" if stage.statistic("tpot_ms") or not stage.statistic("itl_ms") else "itl_ms"
+        metrics = [("tile.ttft", "ttft_ms"), ("tile.latency", "latency_ms"), ("tile." + last[:-3], last)]
+        if stage.is_open:
+            metrics[1:1] = [("stage.ttft_due", "ttft_from_scheduled_ms")]
+            metrics[3:3] = [("stage.latency_due", "latency_from_scheduled_ms")]
+        for title, metric in metrics:
+            statistic, scale = stage.statistic(metric), scale_of(stage.statistic(metric))
+            cells = [scale.said(statistic.get(stat)) + self._dagger(statistic, stat) for stat in MARKED_PERCENTILES]
+            name = self._said(title, unit="").rstrip(", ")
+            rows.append([name, *map(prose, cells), count(statistic.get("n", 0))])
+        tokens = known(throughput.get("output_tokens_per_s"))
+        key, unit = ("output_tokens_per_s", "unit.tokens_per_s") if tokens else ("output_chars_per_s",
+                                                                                  "unit.chars_per_s")
+        for title, metric, each in (("tile.throughput", key, unit), ("tile.requests", "rps", "unit.requests_per_s")):
+            value = self._prose(measured(throughput.get(metric), self.page.said(each)))
+            rows.append([self._said(title), value, "", "", count(stage.successes)])
+        heads = [self._said("md.figure"), self._said("md.value"), "P95", "P99", "n"]
+        return pipe_table(heads, rows)
+
+    @staticmethod
+    def _dagger(statistic: Mapping, stat: str) -> str:
+        return "†" if statistic and not quotable(statistic, stat) else ""
+
+    def _result(self, stage: StageView, gate: Mapping) -> str:
+        if not stage.judged or stage.figures.get("client", {}).get("limited_by"):
+            return DASH
+        state = "passed" if gate.get("passed") else "failed"
+        return ("✓ " if gate.get("passed") else "✕ **") + self._said("gate." + state) + "**" * (not gate.get("passed"))
+
+    def _gates(self) -> List[str]:
+        """The gates of a run of one stage."""
+        stage, rows = self.shown, []
+        for gate in stage.gates:
+            limit, value = (self._prose(text) for text in gate_numbers(self.page, stage, gate))
+            mark = self._dagger(stage.statistic(gate_metric(gate)), str(gate.get("stat") or "")) if gate.get(
+                "stat") else ""
+            rows.append([self._prose(gate_title(self.page, gate)), self._prose(required(gate, both(limit))),
+                         value + mark, count(gate.get("n", 0)), self._result(stage, gate)])
+        heads = [self._said("gate." + key) for key in ("name", "required", "measured")]
+        said = "" if stage.judged else self._said("md.colon") + self._said("gates.not_judged")
+        title = ["", "**%s**%s" % (self._said("gates"), said)]
+        return title + pipe_table([*heads, "n", self._said("gate.result")], rows) if rows else []
+
+    def _stages(self) -> List[str]:
+        """A line for each stage, with the gates that it failed by name."""
+        stages = in_order(self.stages)
+        columns = [column for column in STAGE_COLUMNS if any(known(stage_value(stage, column)) for stage in stages)
+                   and (stages[0].is_open or not column.metric.endswith("_from_scheduled_ms"))]
+        scales = {column.metric: stage_scale(stages, column.metric) for column in columns}
+        keys, gated = level_keys([stage.name for stage in stages]), any(stage.gates for stage in stages)
+        heads = [self._prose(level_words(self.page, "stage", keys)), self._said("stage.success")]
+        for column in columns:
+            group = [self._said(column.group, unit=scales[column.metric].unit)] if column.group else []
+            heads.append(" · ".join([*group, self._said(column.title)]))
+        rows = [self._stage(stage, keys, columns, scales, gated) for stage in stages]
+        asked = self._prose(joined_texts(" · ", (requirement(self.page, gate, stage_scale(stages, gate_metric(gate)))
+                                                 for gate in self.shown.gates)))
+        title = "**%s**" % self._said("gates.stages" if gated else "stages")
+        title += self._said("md.colon") + asked if asked else ""
+        return ["", title, *pipe_table(heads + [self._said("stage.gates")] * gated, rows)]
+
+    def _stage(self, stage: StageView, keys: Sequence[str], columns: Sequence[StageColumn], scales: Mapping[str, Scale],
+               gated: bool) -> List[str]:
+        cells = [level(stage.name, keys), self._prose(percent(stage.requests.get("success_rate")))]
+        for column in columns:
+            value = stage_value(stage, column)
+            text = figure(value / scales[column.metric].divisor) if known(value) else DASH
+            mark = self._dagger(stage.statistic(column.metric), column.stat) if column.stat else ""
+            cells.append(prose(text) + mark)
+        if gated:
+            failed = [self._prose(gate_title(self.page, gate)) for gate in stage.failed_gates]
+            state = DASH if not stage.judged else "✕ **%s**" % ", ".join(failed) if failed else "✓ " + self._said(
+                "gate.passed") if stage.holds else "✕ " + self._said("gate.client")
+            cells.append(state)
+        return [cell.replace("|", "\\|") if "|" in cell and "`" not in cell else cell for cell in cells]
+
+    def _errors(self) -> List[str]:
+        """The commonest failures; what the endpoint said is in code spans."""
+        errors = self.summary.get("errors", ())
+        total = self.summary["requests"]["total"]
+        rows = [[self._prose(status_name(self.page, error["status"])), code(redact(error["key"])),
+                 count(error["count"]), self._prose(percent(error["count"] / total))] for error in errors[:10]]
+        if not rows:
+            return []
+        more = ["", self._said("terminal.more_failures", n=len(errors) - 10)] if len(errors) > 10 else []
+        heads = [self._said(key) for key in ("md.failure", "md.what", "column.count", "column.share")]
+        return ["", "**%s**" % self._said("terminal.failures"), *pipe_table(heads, rows, 2), *more]
+
+    def _footer(self) -> str:
+        header = self.header
+        parts = [self._said("setup.run") + " " + code(header.get("run_id", DASH)),
+                 "llmbench " + prose(str(header.get("tool_version", DASH))), prose(str(header.get("python", DASH)))]
+        if header.get("results_sha256"):
+            parts.append("SHA-256 " + code(header["results_sha256"]))
+        return " · ".join(parts)
+
+
+def markdown_of(page: Page, language: str, summary: Mapping, header: Mapping, rows: Sequence["Rows"],
+                end: Optional[Mapping]) -> str:
+    """summary.md: facts, verdict, the six figures, gates or stages, and the commonest failures."""
+    return "\n".join(Ticket(page, language, summary, header, rows, end).lines())
+
+
+# junit.xml
+
+XML_UNFIT = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\x7f-\x9f]")
+
+
+def xml_text(text: object) -> str:
+    """Text that XML 1.0 can hold, in an attribute or an element: what it can't is left out."""
+    return escape_html(XML_UNFIT.sub("", str(text))).replace("\r", "&#13;").replace("\n", "&#10;").replace("\t", "&#9;")
+
+
+def element(name: str, attributes: Mapping[str, object], *inside: str) -> str:
+    """An element with these attributes, and with what is inside, which is XML already."""
+    head = name + "".join(' %s="%s"' % (key, xml_text(value)) for key, value in attributes.items())
+    return "<%s>%s</%s>" % (head, "".join(inside), name) if inside else "<%s/>" % head
+
+
+class Case(NamedTuple):
+    """One test: of which group, its name, its seconds, and what became of it: "", failure, error or skipped."""
+
+    group: str
+    name: str
+    seconds: float
+    state: str = ""
+    said: str = ""
+    kind: str = ""
+
+    def xml(self) -> str:
+        """As an element."""
+        given = {"classname": "llmbench." + self.group, "name": self.name, "time": "%.3f" % self.seconds}
+        if not self.state:
+            return element("testcase", given)
+        told = {"message": self.said, "type": self.kind} if self.state != "skipped" else {"message": self.said}
+        return element("testcase", given, element(self.state, told, xml_text(self.said)))
+
+
+def verdict_case(texts: Mapping[str, str], summary: Mapping) -> Case:
+    """Whether the figures can be trusted: INVALID is an error of the test itself, not a failure of the endpoint."""
+    verdict = summary["verdict"]
+    if verdict["state"] != "INVALID":
+        return Case("run", "verdict", 0.0)
+    reasons = [reason_said(texts, reason) for reason in verdict["reasons"] if reason["state"] == "INVALID"]
+    return Case("run", "verdict", 0.0, "error", " ".join([texts["verdict.invalid.text"], *reasons]), "INVALID")
+
+
+def search_case(texts: Mapping[str, str], summary: Mapping) -> Case:
+    """Whether a search found a load that meets the gates."""
+    said = search_words(texts, summary).replace("**", "")
+    if "load" in summary["find_max"]:
+        return Case("run", "find-max", 0.0)
+    return Case("run", "find-max", 0.0, "failure", said, "find-max")
+
+
+def gate_case(stage: Mapping, gate: Mapping, group: str, judged: bool, search: bool) -> Case:
+    """One gate of one stage, with what was measured and what was required."""
+    value, limit = gate_pair(gate)
+    said = "measured %s, required %s %s (n = %s)" % (value, gate["op"], limit, count(gate["n"]))
+    if gate["stat"] in ((stage.get(gate_metric(gate)) or {}).get("limited") or ()):
+        said += "; n is too small for this percentile"
+    if not judged:
+        return Case(group, str(gate["gate"]), 0.0, "skipped", "not judged, the client was the limit: " + said)
+    if gate["passed"]:
+        return Case(group, str(gate["gate"]), 0.0)
+    if search:
+        return Case(group, str(gate["gate"]), 0.0, "skipped", "a probe of the search did not pass: " + said)
+    return Case(group, str(gate["gate"]), 0.0, "failure", said, "gate")
+
+
+def stage_case(stage: Mapping, group: str, search: bool) -> Case:
+    """Whether a stage had any answer at all; it takes the stage's time."""
+    requests, seconds = stage["requests"], stage["wall_time_ms"] / 1000.0
+    if requests["success"]:
+        return Case(group, "answers", seconds)
+    said = "none of %s requests succeeded" % count(requests["total"])
+    if stage.get("errors"):
+        first = stage["errors"][0]
+        said += "; %s × %s: %s" % (count(first["count"]), first["status"], redact(first["key"]))
+    return Case(group, "answers", seconds, "skipped" if search else "failure", said, "no success")
+
+
+def junit_cases(texts: Mapping[str, str], summary: Mapping) -> List[Case]:
+    """The verdict, a search's result, each stage and each gate of it."""
+    search = "find_max" in summary
+    cases = [verdict_case(texts, summary)] + ([search_case(texts, summary)] if search else [])
+    valid = summary["verdict"]["state"] != "INVALID"
+    for stage, name in zip(summary["stages"], load_names([stage["load"] for stage in summary["stages"]])):
+        group = load_words(texts, name).replace(".", "_")  # a dot would begin a package
+        judged = valid and not stage["client"].get("limited_by")
+        cases.append(stage_case(stage, group, search))
+        cases += [gate_case(stage, gate, group, judged, search) for gate in stage.get("slo", ())]
+    if search and not summary["requests"]["success"]:
+        cases.append(Case("run", "answers", 0.0, "failure", "not one request of the search succeeded", "no success"))
+    return cases
+
+
+JUNIT_FACTS = ("run_id", "provider", "model", "url", "started_at", "tool_version", "python", "host", "address", "os",
+               "arch", "command", "results_sha256")
+JUNIT_FIGURES = (("success_rate", ""), ("ttft_ms", "p50"), ("ttft_ms", "p95"), ("ttft_ms", "p99"),
+                 ("latency_ms", "p50"), ("latency_ms", "p95"), ("latency_ms", "p99"), ("tpot_ms", "p50"),
+                 ("tpot_ms", "p95"), ("output_tokens_per_s", ""), ("rps", ""))
+
+
+def junit_properties(texts: Mapping[str, str], summary: Mapping, header: Mapping) -> List[Tuple[str, str]]:
+    """What is known of the run, and the figures of each stage as summary.json has them."""
+    made = [(key, str(header[key])) for key in JUNIT_FACTS if header.get(key)]
+    made.append(("verdict", summary["verdict"]["state"]))
+    names = load_names([stage["load"] for stage in summary["stages"]])
+    for stage, name in zip(summary["stages"], names):
+        before = load_words(texts, name) + ": " if len(names) > 1 else ""
+        places = {**stage.get("throughput", {}), **stage["requests"]}
+        for metric, stat in JUNIT_FIGURES:
+            value = (stage.get(metric) or {}).get(stat) if stat else places.get(metric)
+            if known(value):
+                made.append((before + metric + ("." + stat if stat else ""), "%.10g" % value))
+    return made
+
+
+def junit_of(page: Page, language: str, summary: Mapping, header: Mapping, rows: Sequence["Rows"],
+             end: Optional[Mapping]) -> str:
+    """junit.xml; names are English whatever the language, so that a CI server knows a test again."""
+    texts = {key: text.replace("\x01", "").replace("\x02", "") for key, text in page.texts[0].items()}
+    cases = junit_cases(texts, summary)
+    numbers = {"tests": len(cases), "failures": sum(case.state == "failure" for case in cases),
+               "errors": sum(case.state == "error" for case in cases)}  # fmt: skip
+    seconds = "%.3f" % (summary["wall_time_ms"] / 1000.0)
+    reasons = ["%s %s" % (reason["state"], reason_said(texts, reason)) for reason in summary["verdict"]["reasons"]]
+    said = [summary["verdict"]["state"], *reasons]
+    if end is None or end.get("reason", "done") != "done":
+        said.append("the run ended early: %s" % (CUT_OFF if end is None else end["reason"]))
+    properties = [element("property", {"name": key, "value": value}) for key, value in junit_properties(
+        texts, summary, header)]
+    suite = {"name": "llmbench " + str(header.get("model", "")), "id": 0, "package": "llmbench",
+             "timestamp": str(header.get("started_at", ""))[:19], "hostname": header.get("host", "") or "unknown",
+             **numbers, "skipped": sum(case.state == "skipped" for case in cases), "time": seconds}  # fmt: skip
+    inside = [element("properties", {}, *properties), *(case.xml() for case in cases),
+              element("system-out", {}, xml_text("\n".join(said)) or " "), element("system-err", {})]
+    root = element("testsuites", {"name": "llmbench", **numbers, "time": seconds},
+                   "\n", element("testsuite", suite, "\n", "\n".join(inside), "\n"), "\n")
+    return '<?xml version="1.0" encoding="UTF-8"?>\n%s\n' % root
+
+
+FORMS: Dict[str, Tuple[str, Callable[..., str]]] = {
+    "markdown": ("summary.md", markdown_of), "junit": ("junit.xml", junit_of),
+}  # fmt: skip
+
+
+# Archives
+
+ARCHIVED = "README.txt", "SHA256SUMS", "config.json", "run.json", "results.jsonl"
+ARCHIVE_FILES = 1000  # that may lie in an archive, those beside ours included
+ARCHIVE_TEXT = 1 << 24  # bytes of a file other than results.jsonl
+ARCHIVE_LINE = 1 << 26  # bytes of a line of results.jsonl
+ARCHIVE_FREE = 1 << 28  # bytes to which any archive may unpack; above, so many times its size:
+ARCHIVE_RATIO = 100  # records are packed to a seventh, a run of failures that are all alike to a fortieth
+
+
+class ArchiveError(Exception):
+    """An archive that can't be trusted, in the words that follow its name."""
+
+
+class Unpacked:
+    """The bytes of a gzipped file, read in pieces and never beyond what its size allows; raises ArchiveError."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        import gzip
+
+        self._stream = gzip.GzipFile(fileobj=file, mode="rb")
+        self._left = max(ARCHIVE_FREE, ARCHIVE_RATIO * size)
+
+    def _taken(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise ArchiveError("unpacks to far more than a run can hold")
+        return data
+
+    def read(self, size: int) -> bytes:
+        """Exactly so many bytes, of which there may be at most ARCHIVE_TEXT."""
+        data = self._taken(self._stream.read(size))
+        if len(data) < size:
+            raise ArchiveError("is cut off")
+        return data
+
+    def line(self, most: int) -> bytes:
+        """A line with its end, or what there is of it in so many bytes."""
+        data = self._taken(self._stream.readline(min(most, ARCHIVE_LINE + 1)))
+        if not data:
+            raise ArchiveError("is cut off")
+        if len(data) > ARCHIVE_LINE:
+            raise ArchiveError("holds a line of more than %d bytes" % ARCHIVE_LINE)
+        return data
+
+    def skip(self, size: int) -> None:
+        """Passes over so many bytes."""
+        while size > 0:
+            size -= len(self.read(min(size, 1 << 16)))
+
+    def drain(self) -> None:
+        """Reads to the end, where gzip tells whether anything was damaged."""
+        while self._taken(self._stream.read(1 << 16)):
+            pass
+
+
+def archived_files(stream: Unpacked) -> Iterator[Tuple[str, int]]:
+    """Each file of ours in a tar stream as (name, bytes); its bytes must have been taken when the next is asked for."""
+    import tarfile
+
+    plain_types = (tarfile.REGTYPE, tarfile.AREGTYPE)
+    carriers = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+    seen: Set[str] = set()
+    for _ in range(ARCHIVE_FILES):
+        block = stream.read(tarfile.BLOCKSIZE)
+        if not block.strip(b"\0"):
+            return
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+        except tarfile.HeaderError:
+            raise ArchiveError("is no tar archive") from None
+        parts = [part for part in member.name.split("/") if part != "."]
+        if not (member.type in plain_types or member.isdir() or member.type in carriers):
+            raise ArchiveError("holds a link or a device")
+        if member.name.startswith("/") or ".." in parts or member.size < 0:
+            raise ArchiveError("holds a path that leads out of it")
+        ours = member.type in plain_types and len(parts) < 3 and parts[-1] in ARCHIVED
+        if ours and parts[-1] in seen:
+            raise ArchiveError("holds %s twice" % parts[-1])
+        if ours:
+            seen.add(parts[-1])
+            yield parts[-1], member.size
+        else:
+            stream.skip(member.size)
+        stream.skip(-member.size % tarfile.BLOCKSIZE)
+    raise ArchiveError("holds more than %d files" % ARCHIVE_FILES)
+
+
+def archived_lines(stream: Unpacked) -> Iterator[bytes]:
+    """The lines of an archive's results.jsonl as they are; at its end raises ArchiveError where a checksum differs."""
+    digests: Dict[str, str] = {}
+    promised: Dict[str, str] = {}
+    for name, size in archived_files(stream):
+        digest, taken = hashlib.sha256(), 0
+        if name == "results.jsonl":
+            while taken < size:
+                line = stream.line(size - taken)
+                taken += len(line)
+                digest.update(line)
+                yield line
+        elif size > ARCHIVE_TEXT:
+            raise ArchiveError("holds a %s of more than %d bytes" % (name, ARCHIVE_TEXT))
+        else:
+            data = stream.read(size)
+            digest.update(data)
+            if name == "SHA256SUMS":
+                found = re.findall(r"^([0-9a-f]{64})[ *]{2}(\S+)$", data.decode("utf-8", "replace"), re.MULTILINE)
+                promised = {path: told for told, path in found}
+        digests[name] = digest.hexdigest()
+    stream.drain()
+    if "results.jsonl" not in digests:
+        raise ArchiveError("holds no results.jsonl")
+    if "results.jsonl" not in promised:
+        raise ArchiveError("has no checksum of its results.jsonl in a SHA256SUMS")
+    for name in promised:
+        if digests.get(name) != promised[name]:
+            raise ArchiveError("holds a %s that is not the one of its SHA256SUMS" % name)
+
+
+def archive_head(name: str, size: int, moment: float) -> bytes:
+    """The tar header of a file that anybody may read, of nobody in particular."""
+    import tarfile
+
+    member = tarfile.TarInfo(name)
+    member.size, member.mtime, member.mode = size, int(moment), 0o644
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def archive_bytes(top: str, moment: float, texts: Mapping[str, bytes], size: int,
+                  blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """An archive in pieces: these texts by name, then results.jsonl of so many bytes, all below the directory `top`."""
+    packer = zlib.compressobj(6, zlib.DEFLATED, 31)  # zlib's own gzip header: no name and no time
+    for name, text in texts.items():
+        yield packer.compress(archive_head("%s/%s" % (top, name), len(text), moment) + text)
+        yield packer.compress(b"\0" * (-len(text) % 512))
+    yield packer.compress(archive_head("%s/%s" % (top, ARCHIVED[-1]), size, moment))
+    for block in blocks:
+        yield packer.compress(block)
+    yield packer.compress(b"\0" * (-size % 512 + 1024))
+    yield packer.flush()
+
+
+ARCHIVE_README = """\
+A run of llmbench, a load test of a streaming LLM endpoint, as it was recorded.
+
+  results.jsonl   a line for each request, with its times and counts; the truth that every figure is made of
+  config.json     what the run was asked to do, secrets masked
+  run.json        the run's id, the command, the tool's and Python's version, and the host that it ran on
+  SHA256SUMS      a checksum of each of these files
+%s
+Is everything as it was packed?
+
+  tar xzf FILE.tar.gz
+  cd {top} && sha256sum -c SHA256SUMS     (macOS: shasum -a 256 -c SHA256SUMS)
+
+Open it: this builds summary.json, results.csv and report.html again, and refuses an archive that was changed.
+
+  python3 llmbench.pyz report FILE.tar.gz
+"""
+ARCHIVE_REDACTED = """
+Hosts, addresses, prompt names and what the endpoint said were replaced before packing: host-A, address-B, text-C and
+[redacted] stand for them, the same name for the same thing within this archive. No number was changed, so every figure
+is that of the run. Equal names in two archives need not mean the same host.
+"""
+
+
+def archive_texts(
+    run: Mapping[str, Any], end: Optional[Mapping[str, Any]], top: str, redacted: bool, digest: str
+) -> Dict[str, bytes]:
+    """The files beside results.jsonl, of which the digest is given, by name in the order of the archive."""
+    facts = {key: value for key, value in run.items() if key != "config"}
+    facts = {"packed_by": "llmbench " + __version__, "redacted": redacted, **facts, "end": end}
+    readme = (ARCHIVE_README % (ARCHIVE_REDACTED if redacted else "")).format(top=top)
+    told = {"config.json": run.get("config", {}), "run.json": facts}
+    made = {name: (json.dumps(tree, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "replace")
+            for name, tree in told.items()}  # fmt: skip
+    made["README.txt"] = readme.encode("utf-8")
+    sums = {**{key: hashlib.sha256(text).hexdigest() for key, text in made.items()}, ARCHIVED[-1]: digest}
+    listed = "".join("%s  %s\n" % (sums[key], key) for key in ARCHIVED if key in sums)
+    return {key: listed.encode("ascii") if key == "SHA256SUMS" else made[key] for key in ARCHIVED[:-1]}
+
+
+# Redaction
+
+
+MASKED = "[redacted]"
+NO_SECRET = frozenset(("", "***", "none", "auto", "built-in", MASKED))
+# Keys of a line whose texts this program makes itself and that hold no name of anything.
+FIXED = frozenset((
+    "llmbench", "tool_version", "run_id", "request_id", "started_at", "ended_at", "start_at", "at", "start_ts",
+    "first_content_ts", "end_ts", "utc_offset", "phase", "status", "clock", "shard", "missing", "digest",
+))  # fmt: skip
+# Keys whose texts name nobody, unless a host is named in passing.
+HARMLESS = frozenset((
+    "provider", "model", "os", "arch", "python", "hosts", "compressed", "tls_version", "cipher", "token_mode",
+    "think_tags", "arrival", "find_max", "order", "timestamp_unit", "max_tokens_field", "input_tokens", "max_errors",
+    "lang", "progress", "processes", "auth", "slo", "reason", "dialect", "workload_notes",
+))  # fmt: skip
+NAMED_AS = {  # keys whose texts get a name, and its kind
+    "host": "host", "server_name": "host", "address": "address", "proxy": "proxy", "prompt_id": "prompt",
+    "source": "workload", "workload_file": "workload",
+}  # fmt: skip
+PUBLIC_PATHS = frozenset((
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/api/generate",
+    "/v1/chat-messages", "/chat/completions", "/completions",
+))  # fmt: skip
+OWN_ERRORS = frozenset(("timeout", "truncated", "empty", "cancelled", "dropped"))  # in the client's own words
+SYSTEM_ERRORS = frozenset(("dns_error", "connect_error"))  # in the operating system's, behind a host's name
+ADDRESS = re.compile(
+    r"\b(?:[0-9]{1,3}\.){3}[0-9]{1,3}\b|(?<![\w:.])(?=[0-9a-fA-F:]*::|(?:[0-9a-fA-F]{1,4}:){3})"
+    r"(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:])"
+)
+PLACE = re.compile(r"\b[A-Za-z][\w.-]*:[0-9]{2,5}\b")
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|[a-z+]+://\S+")
+
+
+def letters(number: int) -> str:
+    """A, B, … Z, AA, AB: numbers that the grouping of failures does not take for one that differs each time.
+
+    >>> letters(0), letters(25), letters(26), letters(702)
+    ('A', 'Z', 'AA', 'AAA')
+    """
+    text = ""
+    while number >= 0:
+        number, rest = divmod(number, 26)
+        text, number = chr(65 + rest) + text, number - 1
+    return text
+
+
+class Redactor:
+    """Takes hosts, prompts and texts out of a run's lines, consistently; every number stays.
+
+    `key` must be known to nobody who gets the lines: checksums of answers are enciphered with it, so that equal ones
+    stay equal and none can be checked against a guess.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._names: Dict[str, Dict[str, str]] = {}  # kind -> what stood there -> what stands for it
+        self._errors: Dict[Tuple[str, str], str] = {}  # status and cause -> what is said instead
+        self._keys: Dict[str, str] = {}
+        self.masked = 0
+
+    def line(self, line: Mapping[str, Any]) -> Dict[str, Any]:
+        """A line of results.jsonl without hosts, prompts and texts."""
+        if "run" in line:
+            self._learn(line["run"])
+            return {**self._tree("", line), "run": {**self._tree("", line["run"]), "redacted": True}}
+        made = self._tree("", line)
+        if "request_id" in line and "err" in line:
+            made["err"] = self._error(str(line.get("status", "")), str(line["err"]))
+        return made
+
+    def counts(self) -> Dict[str, int]:
+        """How many different things of each kind were replaced."""
+        found = {kind: len(names) for kind, names in sorted(self._names.items())}
+        return {**found, "error": len(self._errors), "other": self.masked}
+
+    def _learn(self, run: Mapping[str, Any]) -> None:
+        """Names the hosts that a header tells of, wherever they stand later."""
+        for told in [run, *run.get("merged", {}).get("shards", ())]:
+            for key in ("host", "address"):
+                if isinstance(told.get(key), str) and told[key] not in NO_SECRET:
+                    self._name(key, told[key])
+        self._tree("", {key: run.get("config", {}).get(key) for key in ("url", "server_name", "proxy")})
+
+    def _name(self, kind: str, text: str) -> str:
+        names = self._names.setdefault(kind, {})
+        text = re.sub(r"^[a-z]+://([^/@]*@)?", "", text) if kind == "proxy" else text
+        if text not in names:
+            names[text] = "%s-%s" % (kind, letters(len(names)))
+        return names[text]
+
+    def _tree(self, key: str, value: Any) -> Any:
+        """A value of a line, below the key that it stands at."""
+        if isinstance(value, str):
+            return self._text(key, value)
+        if isinstance(value, list):
+            return [self._tree(key, part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        inside = key in ("body", "auth_opt")  # the user's own keys: none of them says what its text is
+        return {self._key_of(name): self._tree("" if inside else name, part) for name, part in value.items()}
+
+    def _key_of(self, name: str) -> str:
+        if name not in self._keys:
+            self._keys[name] = name if re.match(r"^[\w.-]{1,40}$", name) else MASKED
+        return self._keys[name]
+
+    def _text(self, key: str, text: str) -> str:
+        """A text, by its key: kept, named or masked."""
+        if key in FIXED or text in NO_SECRET:
+            return text
+        if key == "provider" and text not in PROVIDERS:
+            return "custom"
+        if key in HARMLESS:
+            return self._scrubbed(text)
+        if key in NAMED_AS:
+            return self._name(NAMED_AS[key], text)
+        if key == "url":
+            return self._url(text)
+        if key == "command":
+            return self._command(text)
+        if key == "header":
+            return self._masked(text.partition(":")[0] + ": ")
+        if key == "out_crc32":
+            return self._enciphered(text)
+        if key == "err":  # a record's is told by its status
+            return MASKED
+        if key == "finish_reason" and re.match(r"^[a-z_]{1,24}$", text):
+            return text
+        return self._masked()
+
+    def _masked(self, before: str = "") -> str:
+        self.masked += 1
+        return before + MASKED
+
+    def _scrubbed(self, text: str) -> str:
+        """A harmless text in which a host may be named all the same."""
+        for kind in ("host", "address", "proxy"):
+            for name in sorted(self._names.get(kind, ()), key=len, reverse=True):
+                if name in text:
+                    text = re.sub(r"(?<![\w.-])%s(?![\w-])" % re.escape(name), self._names[kind][name], text)
+        return ADDRESS.sub(lambda match: self._name("address", match.group()), text)
+
+    def _url(self, text: str) -> str:
+        """A URL with a name for its host; a path that every endpoint of a dialect has stays."""
+        try:
+            parts = urlsplit(text)
+            host = parts.hostname
+        except ValueError:
+            return self._masked()
+        if not host or not re.match(r"^[a-z]{1,12}$", parts.scheme):
+            return self._masked()
+        name = self._name("host", host)
+        return "%s://%s%s" % (parts.scheme, name, parts.path if parts.path in PUBLIC_PATHS else "/" + MASKED)
+
+    def _command(self, text: str) -> str:
+        """A command line with the values of flags that say nothing of anybody."""
+        shown, flag = [], ""
+        words = split_command(text) or []
+        for word in words:
+            name, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+            if name:
+                flag = name.lstrip("-").replace("-", "_") if re.match(r"^-{1,2}[a-z-]{1,30}$", name) else ""
+                shown.append((name if flag else MASKED) + (equals and "=" + self._flag_value(flag, value)))
+            else:
+                shown.append(self._flag_value(flag, word) if len(shown) > 1 else word.rpartition("/")[2])
+        return " ".join(word if re.match(r"^[\w./:,=%\[\]-]+$", word) else shlex.quote(word) for word in shown)
+
+    def _flag_value(self, flag: str, value: str) -> str:
+        if re.match(r"^[0-9.,]+(ms|s|m|h|%)?$", value) or value in ("run", "***"):
+            return value
+        return self._text(flag, value) if flag in HARMLESS or flag in ("url", "start_at") else self._masked()
+
+    def _error(self, status: str, err: str) -> str:
+        """What is said in place of an error: the same for all that count as one cause, and no two causes alike."""
+        cause = status, error_key(err)
+        if cause not in self._errors:
+            text = self._error_text(status, err)
+            taken = {error_key(said) for (other, _), said in self._errors.items() if other == status}
+            if error_key(text) in taken:
+                text += " (%s)" % self._name("text", "\0".join(cause))
+            self._errors[cause] = text
+        return self._errors[cause]
+
+    def _error_text(self, status: str, err: str) -> str:
+        if status in OWN_ERRORS:
+            told = self._scrubbed(QUOTED.sub(MASKED, err))
+            told = PLACE.sub(lambda match: self._name("address", match.group()), told)
+            return re.sub(r"(?<=proxy )[\w-]*\.[\w.-]+", MASKED, told)
+        if status in SYSTEM_ERRORS and ": " in err:
+            return self._scrubbed("host: " + QUOTED.sub(MASKED, err.rpartition(": ")[2]))
+        code = re.match(r"HTTP [1-5][0-9]{2}\b", err)
+        return (code.group() + ": " if code else "") + self._name("text", "\0".join((status, error_key(err))))
+
+    def _enciphered(self, checksum: str) -> str:
+        """A CRC-32 by a cipher of 32 bits (four rounds of Feistel's): equal ones stay equal, others different."""
+        try:
+            number = int(checksum, 16) & 0xFFFFFFFF
+        except ValueError:
+            return self._masked()
+        left, right = divmod(number, 65536)
+        for turn in range(4):
+            mixed = hashlib.blake2b(struct.pack(">BH", turn, right), key=self._key, digest_size=2).digest()
+            left, right = right, left ^ int.from_bytes(mixed, "big")
+        return "%04x%04x" % (left, right)
+
+
+# ==================================================================================================
+# 18. Artifacts: records, summary <-> files
 # ==================================================================================================
 #
 # results.jsonl is the truth: a header line, a line for each finished request, an audit line for each
@@ -12290,27 +14573,22 @@ def render_comparison(first: ComparedRun, against: Sequence[Against], language: 
 # O_APPEND, so that several processes can share the file and a crash loses at most what was in flight.
 # summary.json, results.csv and report.html are functions of these lines (`report DIR` makes them
 # again); they are written beside their place and moved into it, so that nobody reads half of one.
+#
+# The header names the format of the lines. Within a format keys are added and never change their meaning: a reader
+# takes what is absent for not known and passes over what it does not know. A file of another format is refused.
 
 RESULTS, RESULTS_CSV, SUMMARY, REPORT = "results.jsonl", "results.csv", "summary.json", "report.html"
 ASSETS = (
     "report.html", "report.css", "report.js", "echarts.min.js", "texts/en.json", "texts/zh.json", "prompts/en.txt",
     "prompts/zh.txt",
 )  # fmt: skip
-HERE = os.path.dirname(os.path.abspath(__file__))
+FORMAT = "1"  # of results.jsonl
+RUN_FILES = (RESULTS, RESULTS_CSV, SUMMARY, REPORT, *(name for name, _ in FORMS.values()))
 CSV_LEFT_OUT = frozenset(("itl_hist", "chunk_ms", "first_content_raw", "final_frame_raw", "error_raw"))
 CSV_COLUMNS = tuple(name for name in Record.__dataclass_fields__ if name not in CSV_LEFT_OUT)
 CSV_FORM, CSV_COMMAS = ",".join(["%s"] * len(CSV_COLUMNS)), len(CSV_COLUMNS) - 1
 CSV_ODD = ('"', "=", "+", "@", "\t", "\r", "\n", "\0", ",-", "None")  # a row without: no quotes, no guards
 CSV_ABSENT = itertools.repeat("")
-
-
-def read_asset(name: str) -> bytes:
-    """A file of assets/, from the checkout or out of the archive."""
-    loader = getattr(globals().get("__spec__"), "loader", None)
-    if loader is not None:
-        return loader.get_data(os.path.join(os.path.dirname(__file__), "assets", *name.split("/")))
-    with open(os.path.join(HERE, "assets", *name.split("/")), "rb") as file:
-        return file.read()
 
 
 def load_assets() -> Dict[str, bytes]:
@@ -12363,7 +14641,7 @@ def check_directory(path: str) -> None:
     """Refuses an output directory that holds results or is no directory; raises UserError, makes nothing."""
     if os.path.exists(path) and not os.path.isdir(path):
         raise UserError("--out %s is not a directory; name another" % path)
-    held = [name for name in (RESULTS, RESULTS_CSV, SUMMARY, REPORT) if os.path.exists(os.path.join(path, name))]
+    held = [name for name in RUN_FILES if os.path.exists(os.path.join(path, name))]
     if held:
         raise UserError("--out %s already holds %s; name another directory" % (path, held[0]))
     place = path
@@ -12381,29 +14659,78 @@ def make_directory(path: str) -> None:
         raise UserError("--out %s cannot be made: %s" % (path, error.strerror or error)) from None
 
 
-def read_lines(path: str, notice: Callable[[str], None]) -> Iterator[Dict[str, Any]]:
-    """The lines of a results.jsonl; a last line that was cut off is left out with a notice; raises UserError."""
-    number = 0
+def is_archive(path: str) -> bool:
+    """Whether a file begins with gzip's mark, with which no line of results.jsonl does."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+    return False
+
+
+def results_path(place: str) -> str:
+    """Where a run's lines are read from: results.jsonl of a directory, or an archive; raises UserError."""
+    path = place if os.path.isfile(place) and is_archive(place) else os.path.join(place, RESULTS)
+    if not os.path.isfile(path):
+        raise UserError("%s holds no %s; name a directory that a run left, or an archive of one" % (place, RESULTS))
+    return path
+
+
+def raw_lines(path: str) -> Iterator[bytes]:
+    """The lines of a results.jsonl, or of the one in an archive, as they are; raises UserError."""
+    archived = is_archive(path)
     try:
         with open(path, "rb") as file:
-            for raw in file:
-                number += 1
-                try:
-                    line = json.loads(raw.decode("utf-8"))
-                    if not isinstance(line, dict):
-                        raise ValueError("not an object")
-                except ValueError:
-                    if raw.endswith(b"\n"):
-                        raise UserError(
-                            "%s line %d is not a record; restore or remove that line" % (path, number)
-                        ) from None
-                    notice("%s: the last line was cut off and is left out" % path)
-                    return
-                yield line
+            yield from archived_lines(Unpacked(file, os.fstat(file.fileno()).st_size)) if archived else file
+    except ArchiveError as error:
+        raise UserError("%s %s; get it anew from whoever packed it" % (path, error)) from None
+    except (EOFError, zlib.error) as error:
+        raise UserError("%s is damaged: %s; get it anew from whoever packed it" % (path, error)) from None
     except OSError as error:
         raise UserError("%s cannot be read: %s" % (path, error.strerror or error)) from None
+
+
+def read_lines(path: str, notice: Callable[[str], None]) -> Iterator[Dict[str, Any]]:
+    """The lines of a results.jsonl; a last line that was cut off is left out with a notice; raises UserError.
+
+    `path` may also be an archive, whose results.jsonl is read without unpacking anything.
+    """
+    number = 0
+    read = json.JSONDecoder().decode
+    for raw in raw_lines(path):
+        number += 1
+        try:
+            line = read(raw.decode("utf-8"))
+            if not isinstance(line, dict):
+                raise ValueError("not an object")
+        except (ValueError, RecursionError):
+            if raw.endswith(b"\n"):
+                raise UserError("%s line %d is not a record; restore or remove that line" % (path, number)) from None
+            notice("%s: the last line was cut off and is left out" % path)
+            return
+        if number == 1 and line.get("llmbench", FORMAT) != FORMAT:
+            found = json.dumps(line["llmbench"])[:20]
+            told = (path, found, __version__, FORMAT)
+            raise UserError("%s is of format %s and llmbench %s reads format %s; use the one that wrote it" % told)
+        yield line
     if not number:
         raise UserError("%s is empty: that run measured nothing" % path)
+
+
+def read_run(path: str, collector: Collector, notice: Callable[[str], None]) -> Iterator[Dict[str, Any]]:
+    """The lines of a whole run, each when the collector has it; raises UserError where they are none of a run's."""
+    number = 0
+    for number, line in enumerate(read_lines(path, notice), 1):
+        try:
+            if number == 1 and not isinstance(line["run"].get("config", {}), dict):
+                raise TypeError("no configuration")
+            collector.add(line)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            what = "is not a record; restore or remove that line"
+            if number == 1:
+                what = "is not the header of a run; restore the file as the run left it"
+            raise UserError("%s line %d %s" % (path, number, what)) from None
+        yield line
+    if not number:
+        raise UserError("%s holds no whole line: that run measured nothing" % path)
 
 
 def csv_cell(value: Any) -> Any:
@@ -12456,27 +14783,96 @@ class WholeFile:
             raise WriteError("%s could not be written: %s" % (self._path, error.strerror or error)) from None
 
 
-def build_outputs(directory: str, assets: Mapping[str, bytes], notice: Callable[[str], None]) -> Dict[str, Any]:
-    """Makes results.csv, summary.json and report.html from results.jsonl alone; returns the summary."""
-    collector = Collector()
+def build_outputs(
+    directory: str, assets: Mapping[str, bytes], notice: Callable[[str], None], forms: Sequence[str] = (),
+    language: str = "en",
+) -> Dict[str, Any]:  # fmt: skip
+    """Makes results.csv, summary.json and report.html from results.jsonl alone, and these FORMS in a language.
+
+    Returns the summary.
+    """
+    collector, path = Collector(), os.path.join(directory, RESULTS)
     with WholeFile(os.path.join(directory, RESULTS_CSV)) as file:
         file.write("\ufeff%s\r\n" % ",".join(CSV_COLUMNS))  # the mark by which a spreadsheet knows UTF-8
-        for number, line in enumerate(read_lines(os.path.join(directory, RESULTS), notice), 1):
-            try:
-                collector.add(line)
-            except (LookupError, TypeError, ValueError):
-                raise UserError("%s line %d is not a record; restore or remove that line" % (RESULTS, number)) from None
+        for line in read_run(path, collector, notice):
             if "request_id" in line:
                 file.write(csv_row(line))
     summary = summarize(collector)
     with WholeFile(os.path.join(directory, SUMMARY)) as file:
         json.dump(summary, file, ensure_ascii=False, indent=2)
         file.write("\n")
-    header = {**collector.header, "results_sha256": file_digest(os.path.join(directory, RESULTS))}
+    header = {**collector.header, "results_sha256": file_digest(path)}
     stages = collector.rows()
+    for form in forms:
+        name, make = FORMS[form]
+        with WholeFile(os.path.join(directory, name)) as file:
+            file.write(make(read_page(assets), language, summary, header, stages, collector.end))
     with WholeFile(os.path.join(directory, REPORT)) as file:
         file.write(render_report(summary, header, stages, collector.end, assets))
     return summary
+
+
+# Archives. `pack_run` writes the lines it packs to a file without a name first: their checksum stands before them.
+
+
+def pack_run(place: str, out: str, redacted: bool, notice: Callable[[str], None]) -> Dict[str, int]:
+    """Makes an archive of a run in a new file; raises UserError, WriteError. Gives how much was replaced, by kind."""
+    path = results_path(place)
+    next(read_run(path, Collector(), notice))  # what has no header of a run is not packed
+    redactor = Redactor(digest_of_lines(path)) if redacted else None
+    import tempfile
+
+    with WholeFile(out) as file, tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(out))) as lines:
+        digest, first, last = hashlib.sha256(), b"", b""
+        for last in packed_lines(path, redactor, notice):
+            first = first or last
+            lines.write(last)
+            digest.update(last)
+        size = lines.tell()
+        lines.seek(0)
+        run, end = json.loads(first.decode("utf-8"))["run"], None
+        with contextlib.suppress(ValueError, LookupError):  # a run that was cut off has no end line
+            end = json.loads(last.decode("utf-8"))["end"]
+        top = "llmbench-" + (re.sub(r"[^A-Za-z0-9]", "", str(run.get("run_id", "")))[:40] or "run")
+        texts = archive_texts(run, end, top, redacted, digest.hexdigest())
+        started = read_iso_time(str(run.get("started_at", "")))
+        moment = started.replace(tzinfo=datetime.timezone.utc).timestamp() if started else 0.0
+        for block in archive_bytes(top, moment, texts, size, iter(lambda: lines.read(1 << 20), b"")):
+            file.buffer.write(block)
+    return redactor.counts() if redactor is not None else {}
+
+
+def packed_lines(path: str, redactor: Optional[Redactor], notice: Callable[[str], None]) -> Iterator[bytes]:
+    """The lines as an archive holds them: as they are, or each redacted, without one that was cut off."""
+    if redactor is None:
+        yield from raw_lines(path)
+        return
+    for line in read_lines(path, notice):
+        yield encode_line(redactor.line(line))
+
+
+def digest_of_lines(path: str) -> bytes:
+    """What only somebody knows who has the lines: their SHA-256."""
+    digest = hashlib.sha256()
+    for raw in raw_lines(path):
+        digest.update(raw)
+    return digest.digest()
+
+
+def unpack_run(path: str, directory: str) -> None:
+    """results.jsonl of an archive in a new directory; raises UserError, WriteError. A bad archive leaves nothing."""
+    check_directory(directory)
+    made = not os.path.isdir(directory)
+    make_directory(directory)
+    try:
+        with WholeFile(os.path.join(directory, RESULTS)) as file:
+            for raw in raw_lines(path):
+                file.buffer.write(raw)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+        raise
 
 
 # Comparisons. compare.html is a function of the runs' records as report.html is: made again, it replaces an older one.
@@ -12486,17 +14882,11 @@ MOST_COMPARED = 12
 LETTERS = "ABCDEFGHIJKL"
 
 
-def collect_run(directory: str, notice: Callable[[str], None]) -> Collector:
-    """Everything that a directory's results.jsonl says of its run; raises UserError."""
-    path = os.path.join(directory, RESULTS)
-    if not os.path.isfile(path):
-        raise UserError("%s holds no %s; name a directory that a run left" % (directory, RESULTS))
+def collect_run(place: str, notice: Callable[[str], None]) -> Collector:
+    """Everything that the results.jsonl of a directory or an archive says of its run; raises UserError."""
     collector = Collector()
-    for number, line in enumerate(read_lines(path, notice), 1):
-        try:
-            collector.add(line)
-        except (LookupError, TypeError, ValueError):
-            raise UserError("%s line %d is not a record; restore or remove that line" % (path, number)) from None
+    for _ in read_run(results_path(place), collector, notice):
+        pass
     return collector
 
 
@@ -12549,7 +14939,7 @@ def write_comparison(
 SHARD = re.compile(r"^([0-9]{1,5})/([0-9]{1,5})$")
 AUTH_SETTINGS = ("auth_key", "auth_secret", "auth_opt", "token_source", "fetched")
 # What hosts need not share of the configuration.
-PER_HOST = frozenset(("shard", "out", "token", "processes", "lang", "progress", *AUTH_SETTINGS))
+PER_HOST = frozenset(("shard", "out", "token", "processes", "lang", "progress", *FORMS, *AUTH_SETTINGS))
 ONE_RUN = ("tool_version", "provider", "model", "url")  # what else they share
 PAGE = 65536  # numbers in 8 KiB
 
@@ -12660,10 +15050,8 @@ class Shard:
 
 
 def open_shard(directory: str) -> Shard:
-    """The shard that a directory's results.jsonl speaks of in its first line; raises UserError."""
-    path = os.path.join(directory, RESULTS)
-    if not os.path.isfile(path):
-        raise UserError("%s holds no %s; name a directory that `run --shard` left" % (directory, RESULTS))
+    """The shard that a directory's or an archive's results.jsonl speaks of in its first line; raises UserError."""
+    path = results_path(directory)
     run = next(read_lines(path, lambda _: None), {}).get("run")
     if not isinstance(run, dict) or not isinstance(run.get("config"), dict) or not run.get("run_id"):
         raise UserError("%s does not begin with a header; restore the file as the run left it" % directory)
@@ -12680,7 +15068,7 @@ def open_shard(directory: str) -> Shard:
 
 def survey_shard(shard: Shard, notice: Callable[[str], None]) -> None:
     """Reads a shard's results.jsonl to its end; raises UserError where it is not what one shard of one run leaves."""
-    path = os.path.join(shard.directory, RESULTS)
+    path = results_path(shard.directory)
     for line in itertools.islice(read_lines(path, notice), 1, None):
         try:
             wrong = shard.take(line)
@@ -12785,7 +15173,7 @@ def line_order(line: Mapping[str, Any]) -> Tuple[int, int, str]:
 
 def shard_lines(shard: Shard) -> Iterator[Dict[str, Any]]:
     """A surveyed shard's lines as the merged file holds them, without header and end; never more than were surveyed."""
-    lines = read_lines(os.path.join(shard.directory, RESULTS), lambda _: None)
+    lines = read_lines(results_path(shard.directory), lambda _: None)
     for line in itertools.islice(lines, shard.lines):
         if "audit" in line:
             yield {"audit": {**line["audit"], "shard": shard.name}}
@@ -12837,7 +15225,7 @@ def merge_shards(directories: Sequence[str], out: str, notice: Callable[[str], N
     tell_shards(run["merged"], notice)
     make_directory(out)
     with WholeFile(os.path.join(out, RESULTS)) as file:
-        file.buffer.write(encode_line({"llmbench": "1", "run": run}))
+        file.buffer.write(encode_line({"llmbench": FORMAT, "run": run}))
         for line in merged_lines(shards):
             file.buffer.write(encode_line(line))
         file.buffer.write(encode_line({"end": merged_end(shards)}))
@@ -12882,7 +15270,9 @@ def local_address(endpoint: Endpoint, config: Config) -> str:
         return ""
 
 
-NOT_SHOWN = frozenset(("token", "out", "run_id", "dry_run", "given", "token_source", "fetched"))  # of the configuration
+NOT_SHOWN = frozenset((  # of the configuration
+    "token", "out", *FORMS, "run_id", "dry_run", "given", "token_source", "fetched",
+))  # fmt: skip
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
@@ -12908,7 +15298,7 @@ def make_header(
     for name in ("token", "auth_key", "auth_secret"):
         shown[name] = "***" if getattr(config, name) else ""
     shown["auth_opt"] = {
-        name: "***" if is_secret_name(name) else redact(value, secrets) for name, value in config.auth_opt.items()
+        name: "***" if is_secret_option(name) else redact(value, secrets) for name, value in config.auth_opt.items()
     }
     source = config.workload_file or "built-in"
     shown["prompts"] = {"source": source, "count": len(prompts), "digest": digest_of(prompts)}
@@ -12939,7 +15329,7 @@ def mask_body(tree: Any, secrets: Sequence[str]) -> Any:
     return redact(tree, secrets) if isinstance(tree, str) else tree
 
 # ==================================================================================================
-# 16. Terminal: progress and tables
+# 19. Terminal: progress and tables
 # ==================================================================================================
 #
 # Progress goes to stderr: one live line on a terminal, a plain line every few seconds elsewhere. It is
@@ -13361,10 +15751,11 @@ def comparison_lines(
     """Several runs against the first as lines for a terminal: who is who, what is not alike, then every figure."""
     runs = [first] + [one.run for one in against]
     rows = [[run.letter, run.place, str(run.header.get("model", "")), str(run.header.get("started_at", ""))[:19],
-             texts["verdict." + run.state.lower()]] for run in runs]  # fmt: skip
+             worded(texts, "verdict", run.state.lower())] for run in runs]  # fmt: skip
     lines = [printable(line) for line in left_aligned(rows)]
     state = comparison_state(against)
-    lines += ["", paint(FAIR_COLOURS[state], texts["fair." + state]) + "  " + texts["fair.%s.text" % state]]
+    word = paint(FAIR_COLOURS[state], worded(texts, "fair", state))
+    lines += ["", *wrapped(word + "  " + worded(texts, "fair", state + ".text"), 110, "")]
     for reason in all_unfair(texts, against):
         lines += wrapped(printable("- " + reason.replace("**", "").replace("`", "")), 98, "  ")
     lines += settings_lines(runs, texts, paint)
@@ -13389,7 +15780,7 @@ def settings_lines(
         if any(differ):
             said = [setting_words(texts, setting.key, value) for value in values]
             short = [text if len(text) < 40 else text[:39] + "…" for text in said]
-            rows.append([texts["setting." + setting.key], *short])
+            rows.append([worded(texts, "setting", setting.key), *short])
     if not rows:
         return []
     table = left_aligned([[""] + [run.letter for run in runs]] + rows)
@@ -13419,9 +15810,7 @@ def pair_lines(
     head = ["", first.letter, one.run.letter, texts["change.change"], texts["change.95"]]
     rows, words = [head], [("dim", texts["change.word"])]
     for found in pair.rows:
-        unit = row_unit(found)
-        name = figure_words(texts, found.metric, found.stat) + (", " + unit if unit else "")
-        values = []
+        name, values = row_name(texts, found), []  # type: str, List[str]
         for stage, value in zip((pair.first, pair.second), found.values):
             limited = found.stat in ((stage.figures.get(found.metric) or {}).get("limited", ()) if found.stat else ())
             values.append(row_value(texts, found, value) + "†" * limited)
@@ -13430,8 +15819,8 @@ def pair_lines(
     width = max(map(text_width, align(rows)))
     lines = []
     for line, (colour, word) in zip(align(rows), words):
-        line = padded(line, width, False).replace("\u00a0", " ")
-        lines.append("  %s  %s" % (line, paint(colour, word) if colour else word))
+        filled = padded(line, width, False).replace("\u00a0", " ")
+        lines.append("  %s  %s" % (filled, paint(colour, word) if colour else word))
     lines[0] = paint("dim", lines[0])
     return [line.rstrip() for line in lines]
 
@@ -13446,7 +15835,7 @@ def conditions_lines(
         found, relative = outcome.difference, outcome.condition.relative
         change = change_words(texts, found.metric, found.change, relative).replace("\u00a0", " ")
         where = "%s · %s" % (outcome.letter, load_words(texts, outcome.name))
-        rows.append([texts["condition." + outcome.state], outcome.condition.text, where, change,
+        rows.append([worded(texts, "condition", outcome.state), outcome.condition.text, where, change,
                      interval_words(texts, found, relative)])  # fmt: skip
     colours = {"failed": "red", "kept": "green", "unjudged": "yellow"}
     if not rows:
@@ -13456,7 +15845,7 @@ def conditions_lines(
 
 
 # ==================================================================================================
-# 17. Mock: a streaming chat server whose every pause is known
+# 20. Mock: a streaming chat server whose every pause is known
 # ==================================================================================================
 #
 # A benchmark is believed when it measures a server whose truth is known. This one speaks OpenAI chat over real loopback
@@ -14488,22 +16877,30 @@ class MockProcess:
 
 
 # ==================================================================================================
-# 18. Check: what a run needs to know before it starts
+# 21. Probes: what a run needs to know before it starts, and what this host can measure
 # ==================================================================================================
 #
-# Questions that are asked of the endpoint before anything is measured, on a connection of their own
-# that no figure includes. So far there is one: which model to name when the user named none, answered
-# by the first id of the endpoint's own list. An endpoint that has no list, or refuses the token,
+# Questions that are asked of the endpoint before anything is measured, on connections of their own that no
+# figure includes. `run` asks which model to name when the user named none, answered by the first id of the
+# endpoint's own list, and how the endpoint counts tokens. An endpoint that has no list, or refuses the token,
 # leaves nothing to guess: that is a UserError which says which flag to give, before any directory is
 # made or any prompt is sent.
+# `selftest` asks what this host can measure.
 
 
 async def first_model(provider: Provider, endpoint: Endpoint, network: Network) -> str:
-    """The first id that the endpoint's model list has; raises UserError when there is none to be had."""
+    """The first id that the endpoint's model list has; raises UserError when there is none to be had.
+
+    For a provider whose requests name no model, it is what the results are to call it.
+    """
+    target = provider.models_target(endpoint)
+    if not provider.needs_model:
+        return provider.name
+    if not target:
+        raise UserError("provider %s has no list of models; give --model" % provider.name)
     headers = [("Host", endpoint.authority), ("User-Agent", "llmbench/" + __version__), ("Accept", "application/json"),
                ("Accept-Encoding", "identity"), ("Connection", "close")]  # fmt: skip
     headers = replace_headers(headers + provider.authorization(endpoint), provider.config.header)
-    target = provider.models_target(endpoint)
     payload = sign_now(network, provider, HTTPRequest(target, headers, b""), "GET")
     try:
         head, body = await fetch(network, payload, min(30.0, provider.config.timeout))
@@ -14514,12 +16911,8 @@ async def first_model(provider: Provider, endpoint: Endpoint, network: Network) 
     if head.status in (401, 403):
         raise UserError("GET %s answers HTTP %d: the token is missing or refused; give --token" % (target, head.status))
     try:
-        models = parse_json(body)["data"]
-        name = models[0]["id"]
-        if not isinstance(name, str) or not name.strip():
-            raise ParseError("not a name")
-        return name
-    except (ParseError, LookupError, TypeError):
+        return provider.model_ids(parse_json(body))[0]
+    except (ParseError, LookupError):
         raise UserError("GET %s (HTTP %d) lists no model; give --model" % (target, head.status)) from None
 def fit_endpoint(
     config: Config, workload: Workload, ask: Callable[[Prompt, str], Record]
@@ -14667,7 +17060,1232 @@ def find_selftest(host: str) -> Optional[Dict[str, Any]]:
 
 
 # ==================================================================================================
-# 19. Commands: run, report, compare, providers, mock; main()
+# 22. Check: what an endpoint and the way to it are like
+# ==================================================================================================
+#
+# What an endpoint is like, before anything is measured: `check`. Each thing that is looked at is a step,
+# and gives a finding: ok; warning, where a run works but some of its figures are not what they seem; or
+# failed, where a run can't succeed. A finding is a key and values. Its texts stand in assets/texts as
+# `check.STEP.KEY`, and what to do about it as `check.do.KEY`, so a finding is data for `--json` too.
+#
+# The way is walked step by step (DNS, TCP, proxy, TLS), and ends where it can't go on. A certificate that
+# is refused is read all the same, on a connection over which nothing is sent: who signed it is the
+# question. Then come at most five requests, each on the connection of the one before it if that is open:
+#   models   the list of models, with the token
+#   stream   a chat that is long enough to tell whether it is streamed; asked again without a field of ours
+#            that the endpoint refuses
+#   exact    an answer of so many tokens, by ignore_eos and min_tokens
+#   tool     a question that a tool answers
+#   kept     the list once more: whether the connection lasts
+# What they say is judged by functions of the answers alone, without socket and clock.
+
+
+class Finding(NamedTuple):
+    """What a step came to (ok, warning or failed), the keys of its two texts ("": nothing to do), and their values."""
+
+    step: str
+    state: str
+    key: str
+    remedy: str
+    values: Dict[str, Any]
+
+
+def fine(step: str, key: str, remedy: str = "", **values: Any) -> Finding:
+    """A finding that is as it should be."""
+    return Finding(step, "ok", key, remedy, values)
+
+
+def doubtful(step: str, key: str, remedy: str = "", **values: Any) -> Finding:
+    """A finding with which a run works, but not every figure is what it seems."""
+    return Finding(step, "warning", key, remedy, values)
+
+
+def failing(step: str, key: str, remedy: str = "", **values: Any) -> Finding:
+    """A finding with which a run can't succeed."""
+    return Finding(step, "failed", key, remedy, values)
+
+
+# Certificates, as far as a reader of the findings wants to know them. `ssl` tells what is in one only
+# after it has verified it, so this reads the DER itself (X.690; RFC 5280 section 4.1).
+
+
+class Certificate(NamedTuple):
+    """A certificate: whose it is and who signed it (`CN, O, OU`), what it is for, and its times (s since 1970)."""
+
+    subject: str
+    issuer: str
+    names: List[str]
+    begins: float
+    ends: float
+
+
+DER_NAMES = {b"\x55\x04\x03": 0, b"\x55\x04\x0a": 1, b"\x55\x04\x0b": 2}  # common name, organisation, unit
+DER_ALTERNATIVE_NAMES = b"\x55\x1d\x11"
+
+
+def read_der(data: bytes) -> List[Tuple[int, bytes]]:
+    """The (tag, content) pairs of which some DER consists; raises ParseError."""
+    items, at = [], 0
+    while at < len(data):
+        if len(data) < at + 2:
+            raise ParseError("a certificate that is cut")
+        tag, size, begin = data[at], data[at + 1], at + 2
+        if size & 128:
+            begin += size & 127
+            size = int.from_bytes(data[at + 2 : begin], "big")
+        at = begin + size
+        if at > len(data):
+            raise ParseError("a certificate that is cut")
+        items.append((tag, data[begin:at]))
+    return items
+
+
+def der_name(content: bytes) -> str:
+    """A distinguished name as `common name, organisation, unit`, each that there is."""
+    parts: Dict[int, str] = {}
+    for _, attributes in read_der(content):
+        for _, attribute in read_der(attributes):
+            (_, kind), (tag, text) = read_der(attribute)[:2]
+            if kind in DER_NAMES:
+                parts.setdefault(DER_NAMES[kind], text.decode("utf-16-be" if tag == 0x1E else "utf-8", "replace"))
+    return ", ".join(dict.fromkeys(parts[place] for place in sorted(parts)))
+
+
+def der_time(tag: int, content: bytes) -> float:
+    """A UTCTime (0x17), whose years run from 1950 to 2049, or a GeneralizedTime."""
+    text = content.decode("ascii")
+    if tag == 0x17:
+        text = ("20" if text < "5" else "19") + text
+    moment = datetime.datetime.strptime(text, "%Y%m%d%H%M%SZ")
+    return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
+
+
+def der_alternative_names(extensions: bytes) -> List[str]:
+    """The host names and addresses that a certificate is for."""
+    for _, extension in read_der(read_der(extensions)[0][1]):
+        parts = read_der(extension)
+        if parts[0][1] == DER_ALTERNATIVE_NAMES:
+            found = read_der(read_der(parts[-1][1])[0][1])
+            hosts = [text.decode("ascii", "replace") for tag, text in found if tag == 0x82]
+            addresses = [text for tag, text in found if tag == 0x87 and len(text) in (4, 16)]
+            family = {4: socket.AF_INET, 16: socket.AF_INET6}
+            return hosts + [socket.inet_ntop(family[len(text)], text) for text in addresses]
+    return []
+
+
+def read_certificate(data: bytes) -> Certificate:
+    """A certificate from its DER; raises ParseError."""
+    try:
+        fields = read_der(read_der(read_der(data)[0][1])[0][1])
+        if fields[0][0] == 0xA0:  # the version, which the first version leaves out
+            del fields[0]
+        begins, ends = (der_time(*moment) for moment in read_der(fields[3][1]))
+        extensions = next((content for tag, content in fields if tag == 0xA3), b"")
+        names = der_alternative_names(extensions) if extensions else []
+        return Certificate(der_name(fields[4][1]), der_name(fields[2][1]), names, begins, ends)
+    except (LookupError, ValueError, OverflowError):
+        raise ParseError("not a certificate") from None
+
+
+def peer_chain(tls: Any) -> List[bytes]:
+    """What the peer sent, its own certificate first, as DER: all of it from Python 3.10 on, before that its own."""
+    public = getattr(tls, "get_unverified_chain", None)  # Python 3.13
+    if public is not None:
+        return list(public())
+    private = getattr(getattr(tls, "_sslobj", None), "get_unverified_chain", None)
+    if private is not None:
+        return [certificate.public_bytes(2) for certificate in private() or ()]  # 2: _ssl.ENCODING_DER
+    own = tls.getpeercert(binary_form=True)
+    return [own] if own else []
+
+
+# Products that open TLS on the way sign with a CA of their own: what its name holds, and who that is.
+INTERCEPTORS = {
+    "zscaler": "Zscaler", "netskope": "Netskope", "goskope": "Netskope", "bluecoat": "Blue Coat ProxySG",
+    "blue coat": "Blue Coat ProxySG", "palo alto": "Palo Alto Networks", "fortinet": "Fortinet FortiGate",
+    "fortigate": "Fortinet FortiGate", "check point": "Check Point", "cisco umbrella": "Cisco Umbrella",
+    "opendns": "Cisco Umbrella", "ironport": "Cisco IronPort", "mcafee web": "McAfee Web Gateway",
+    "skyhigh": "Skyhigh Web Gateway", "sophos": "Sophos", "forcepoint": "Forcepoint", "websense": "Forcepoint",
+    "barracuda": "Barracuda", "sangfor": "Sangfor", "深信服": "Sangfor", "qianxin": "QiAnXin", "奇安信": "QiAnXin",
+    "hillstone": "Hillstone", "nsfocus": "NSFOCUS", "topsec": "Topsec", "天融信": "Topsec", "menlo security": "Menlo",
+    "iboss": "iboss", "watchguard": "WatchGuard", "sonicwall": "SonicWall", "cloudflare gateway": "Cloudflare Gateway",
+    "gateway ca - cloudflare": "Cloudflare Gateway", "mitmproxy": "mitmproxy", "charles proxy": "Charles",
+    "do_not_trust_fiddler": "Fiddler", "portswigger": "Burp Suite", "squid": "Squid", "kaspersky": "Kaspersky",
+    "eset ssl": "ESET", "avast": "Avast", "bitdefender": "Bitdefender", "smoothwall": "Smoothwall",
+    "untangle": "Untangle", "trend micro": "Trend Micro", "contentkeeper": "ContentKeeper", "lightspeed": "Lightspeed",
+}  # fmt: skip
+# Who signs for the public, by a part of the name: with anybody else it is a company's own CA, or a proxy's.
+PUBLIC_CAS = (
+    "digicert", "let's encrypt", "internet security research group", "sectigo", "comodo", "usertrust", "globalsign",
+    "godaddy", "starfield", "entrust", "amazon", "google trust services", "microsoft corporation", "trustasia",
+    "wotrus", "cfca", "china financial certification", "geotrust", "rapidssl", "thawte", "certum", "asseco",
+    "swisssign", "buypass", "zerossl", "ssl corporation", "ssl.com", "actalis", "harica", "quovadis", "identrust",
+    "cloudflare, inc", "apple inc", "secom", "telia", "d-trust", "deutsche telekom", "t-systems", "certigna",
+    "e-tugra", "twca", "taiwan-ca", "chunghwa telecom", "bjca", "beijing certificate authority", "unitrust", "sheca",
+    "gdca", "global digital cybersecurity", "itruschina", "vtrus", "ssltrus", "encryption everywhere", "naver",
+    "hongkong post", "cybertrust", "baltimore", "verisign", "network solutions", "trustcor", "izenpe",
+)  # fmt: skip
+
+
+def names_interceptor(chain: Sequence[Certificate]) -> str:
+    """Which product that opens TLS signed one of these certificates, "" when none is known to have."""
+    signers = " / ".join(certificate.issuer for certificate in chain).lower()
+    return next((product for part, product in INTERCEPTORS.items() if part in signers), "")
+
+
+def is_public_ca(chain: Sequence[Certificate]) -> bool:
+    """Whether a well-known public CA signed, as far as names tell."""
+    signers = " / ".join(certificate.issuer for certificate in chain).lower()
+    return any(name in signers for name in PUBLIC_CAS)
+
+
+def is_private_address(address: str) -> bool:
+    """Whether an address as `show_address` writes it is of a network that is not the internet."""
+    import ipaddress
+
+    host = address.rpartition(":")[0].strip("[]").partition("%")[0]
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return True  # a Unix socket
+
+
+EXPIRES_SOON = 14.0  # days
+
+
+class Handshake(NamedTuple):
+    """What TLS came to: version and cipher, the chain, whether it was verified, and why it was refused ("" if not)."""
+
+    version: str
+    cipher: str
+    chain: List[Certificate]
+    verified: bool
+    refused: str
+    seconds: float
+
+
+def tls_cause(handshake: Handshake, now: float) -> str:
+    """Why a certificate is refused, as the key of what to do."""
+    leaf = handshake.chain[0]
+    if "mismatch" in handshake.refused or "not valid for" in handshake.refused or "doesn't match" in handshake.refused:
+        return "name"
+    if leaf.ends < now:
+        return "expired"
+    if leaf.begins > now:
+        return "not_yet"
+    if names_interceptor(handshake.chain):
+        return "interceptor_ca"
+    if re.search("self.signed certificate$", handshake.refused):  # not `… in certificate chain`
+        return "self_signed"
+    if len(handshake.chain) == 1 and is_public_ca(handshake.chain):
+        return "intermediate"
+    return "private_ca"
+
+
+def chain_text(chain: Sequence[Certificate]) -> str:
+    """Who signed whom, in one line: `*.corp.example < Corp Issuing CA, Corp < Corp Root, Corp`."""
+    names = [certificate.subject for certificate in chain] + [chain[-1].issuer]
+    if len(chain) > 1 and names[-1] == names[-2]:  # the root was sent, too
+        names.pop()
+    return " < ".join(name or "?" for name in names)
+
+
+def tls_finding(handshake: Handshake, now: float, config: Config, private: bool) -> Finding:
+    """What is to be said of TLS. private: whether the endpoint has an address that is not of the internet."""
+    if not handshake.chain:
+        return failing("tls", "refused", "", err=handshake.refused)
+    leaf = handshake.chain[0]
+    product = names_interceptor(handshake.chain)
+    days = (leaf.ends - now) / 86400.0
+    values = {
+        "version": handshake.version, "cipher": handshake.cipher, "ms": handshake.seconds * 1000.0, "days": days,
+        "names": few_of(leaf.names or [leaf.subject]), "issuer": leaf.issuer, "chain": chain_text(handshake.chain),
+        "product": product, "err": handshake.refused,
+    }  # fmt: skip
+    if handshake.refused:
+        return failing("tls", "distrusted", tls_cause(handshake, now), **values)
+    if product:
+        return doubtful("tls", "intercepted", "interceptor", **values)
+    if not handshake.verified:
+        return doubtful("tls", "unverified", "insecure", **values)
+    if days < EXPIRES_SOON:
+        return doubtful("tls", "expiring", "expiring", **values)
+    if config.ca_cert or is_public_ca(handshake.chain):
+        return fine("tls", "own_ca" if config.ca_cert else "public_ca", **values)
+    if private:
+        return fine("tls", "private_ca", **values)
+    return doubtful("tls", "unknown_ca", "unknown_ca", **values)
+
+
+# The way to the endpoint.
+
+
+def dns_finding(network: Network, addresses: Sequence[Any], seconds: float, fixed: bool) -> Finding:
+    """Where the name leads."""
+    shown = [show_address(found[4]) for found in addresses]
+    if network.endpoint.unix is not None:
+        return fine("dns", "unix")
+    values = {"addresses": few_of([text.rpartition(":")[0] for text in shown]), "ms": seconds * 1000.0,
+              "host": network.endpoint.host if network.route.proxy is None else network.route.proxy.host}  # fmt: skip
+    if fixed:
+        return fine("dns", "fixed", **values)
+    if values["addresses"].strip("[]") == values["host"]:
+        return fine("dns", "literal", **values)
+    return fine("dns", "found" if network.route.proxy is None else "found_proxy", **values)
+
+
+WAY_REASONS = {"no proxy variable is set": "unset", "loopback": "loopback", "a Unix socket": "unix",
+               "the built-in mock": "mock"}  # fmt: skip
+
+
+def proxy_finding(route: Route, seconds: float, tunnelled: bool) -> Finding:
+    """Whether a proxy is used, and why."""
+    if route.proxy is None:
+        if route.reason in WAY_REASONS:
+            return fine("proxy", "none_" + WAY_REASONS[route.reason])
+        return fine("proxy", "none", reason=route.reason)
+    values = {"proxy": route.proxy.url, "reason": route.reason, "ms": seconds * 1000.0}
+    return fine("proxy", "tunnel", **values) if tunnelled else fine("proxy", "absolute", "proxy_between", **values)
+
+
+def unreached(step: str, error: RequestError) -> Finding:
+    """A step on which the way ended."""
+    text = str(error)
+    known = {
+        "dns": (("", "dns"),),
+        "tcp": (("refused", "refused"), ("time-out", "silent"), ("", "unreachable")),
+        "proxy": (("HTTP 407", "proxy_password"), ("", "proxy")),
+        "tls": (("does not speak TLS", "plain_http"), ("client certificate", "client_cert"), ("", "")),
+        "http": (("", "not_http"),),
+    }
+    return failing(step, "failed", next(remedy for part, remedy in known[step] if part in text), err=text)
+
+
+# What the answers say. A `Reply` holds all that is known of one request.
+
+
+class Witness(Exchange):
+    """An exchange that keeps its events, each with the time of its arrival."""
+
+    def __init__(self, provider: Provider, on_done: Callable[[], None]) -> None:
+        super().__init__(provider, {}, on_done)
+        self.events: List[Tuple[float, Event]] = []
+
+    def _take_run(self, texts: Sequence[bytes], stamp: float) -> None:
+        self.events += [(stamp, self.decoder.event(text)) for text in texts]
+        super()._take_run(texts, stamp)
+
+    def _take(self, events: Sequence[Event], stamp: float, run: Sequence[bytes] = ()) -> None:
+        self.events += [(stamp, self.decoder.event(text)) for text in run]
+        self.events += [(stamp, event) for event in events]
+        super()._take(events, stamp, run)
+
+
+class Listing(Exchange):
+    """An exchange whose answer is a document, kept as it is in `whole`."""
+
+    def __init__(self, provider: Provider, on_done: Callable[[], None]) -> None:
+        super().__init__(provider, {}, on_done)
+        self.stream = False
+        self._consume = self._collect
+
+    def _take_whole(self, stamp: float) -> None:
+        self.finish("ok", None, stamp)
+
+
+class Reply(NamedTuple):
+    """One request and what came of it. sent, headed: s since 1970; headed: when its head was there, or it was given up.
+
+    reused: on a connection that had carried another. kept: the connection may carry one more.
+    """
+
+    name: str
+    status: str
+    err: str
+    head: Optional[Head]
+    body: bytes
+    sent: float
+    headed: float
+    reused: bool
+    kept: bool
+    witness: Optional[Witness] = None
+
+    @property
+    def code(self) -> int:
+        """The HTTP status, 0 when there was no head."""
+        return self.head.status if self.head is not None else 0
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers of the answer, names in lower case."""
+        return self.head.headers if self.head is not None else {}
+
+
+def refusal_remedy(reply: Reply) -> str:
+    """What to do about an answer that is none, as a key."""
+    said = reply.err.lower()
+    if "client certificate" in said or "ssl certificate was sent" in said or "ssl certificate error" in said:
+        return "client_cert"
+    if reply.code in (301, 302, 303, 307, 308):
+        return "redirect"
+    if reply.code == 404:
+        return "model_unknown" if "model" in said else "path"
+    if reply.code in (502, 503, 504):
+        return "upstream"
+    if reply.code == 429:
+        return "rate_limited" if "retry-after" in reply.headers else "rate_limited_blind"
+    by_code = {400: "bad_request", 405: "path", 407: "proxy_password", 413: "too_large", 422: "bad_request"}
+    by_status = {"timeout": "slow", "parse_error": "not_http", "truncated": "cut", "empty": "empty",
+                 "stream_error": "server_log"}  # fmt: skip
+    return by_code.get(reply.code) or by_status.get(reply.status) or ("server_log" if reply.code >= 500 else "")
+
+
+def http_finding(reply: Reply) -> Finding:
+    """Whether the endpoint answers, and what it says if not as it should."""
+    kind = reply.headers.get("content-type", "").partition(";")[0]
+    values = {"code": reply.code, "type": kind, "server": reply.headers.get("server", ""), "err": reply.err,
+              "version": "HTTP/1.%d" % reply.head.minor if reply.head is not None else ""}  # fmt: skip
+    if reply.head is None:
+        return failing("http", "silent", refusal_remedy(reply), **values)
+    endless = reply.status == "truncated" and reply.witness is not None and reply.witness.chunks > 0
+    if reply.status in ("ok", "auth_error") or endless:
+        return fine("http", "answers" if values["server"] else "answers_nameless", **values)
+    return failing("http", "refuses", refusal_remedy(reply), wait=reply.headers.get("retry-after", ""), **values)
+
+
+def token_trouble(token: str) -> str:
+    """What is odd about a token, as the key of what to do."""
+    if re.match(r"(?i)bearer\s", token):
+        return "token_bearer"
+    if token[:1] in "'\"" or token[-1:] in "'\"":
+        return "token_quotes"
+    return "token_blank" if re.search(r"\s|[^\x20-\x7e]", token) else ""
+
+
+def who_asks(provider: Provider, endpoint: Endpoint) -> str:
+    """How a request says who asks, as the key of a finding: token, scheme, password, header or none."""
+    if any(is_secret_name(line.partition(":")[0]) for line in provider.config.header):
+        return "header"
+    if type(provider.auth) is not Auth:
+        return "token" if provider.auth.name in ("bearer", "api-key") else "scheme"
+    return "password" if endpoint.userinfo is not None else "none"
+
+
+def auth_finding(reply: Reply, provider: Provider, endpoint: Endpoint, source: str) -> Finding:
+    """Whether the endpoint takes who we say we are. source: where the token came from."""
+    token, sent = provider.config.token, who_asks(provider, endpoint)
+    values = {"code": reply.code, "err": reply.err, "length": len(token), "source": source,
+              "scheme": provider.auth.name}  # fmt: skip
+    if reply.status != "auth_error":
+        return fine("auth", "taken_" + sent, **values)
+    remedies = {"none": "no_token", "scheme": "signature"}
+    remedy = token_trouble(token) if sent == "token" else ""
+    if not remedy and reply.code == 403 and sent != "none":
+        remedy = "forbidden"
+    return failing("auth", "refused_" + sent, remedy or remedies.get(sent, "token"), **values)
+
+
+def listed_models(reply: Reply, provider: Provider) -> List[str]:
+    """The ids of a model list; none when the answer is no such list."""
+    try:
+        return provider.model_ids(parse_json(reply.body))
+    except ParseError:
+        return []
+
+
+def models_finding(reply: Reply, names: Sequence[str], wanted: str) -> Finding:
+    """Whether the model is in the list. wanted: the model that the user named, "" for none."""
+    values = {"code": reply.code, "err": reply.err, "model": wanted or "".join(names[:1]), "count": len(names),
+              "models": few_of(names)}  # fmt: skip
+    if not names:
+        state, remedy = (doubtful, "") if wanted else (failing, "model")
+        key = "none" if reply.status == "ok" else "silent" if reply.head is None else "refused"
+        return state("models", key, remedy, **values)
+    if not wanted:
+        return fine("models", "first" if len(names) > 1 else "only", **values)
+    if wanted in names:
+        return fine("models", "listed", **values)
+    return doubtful("models", "unlisted", "model_unknown", **values)
+
+
+BURST_FRAMES = 8  # fewer tell nothing
+BURST_GAP = 0.005  # s: what is further apart came separately
+BURST_PAUSE = 0.02  # s between bursts that no model's own rhythm explains, with several frames in each
+
+
+def arrival_pattern(times: Sequence[float], start: float, end: float) -> Tuple[str, Dict[str, Any]]:
+    """How output frames came: `few` (too few to tell), `streamed`, `burst` (all at once), `blocks` (in several)."""
+    gaps = [after - before for before, after in zip(times, times[1:])]
+    values: Dict[str, Any] = {"frames": len(times)}
+    if times:
+        values.update(after=(times[0] - start) * 1000.0, spread=(times[-1] - times[0]) * 1000.0)
+    if len(times) < BURST_FRAMES:
+        return "few", values
+    values["gap"] = middle_of(gaps) * 1000.0
+    quick = sum(gap <= 0.001 for gap in gaps)
+    if times[-1] - times[0] < 0.05 * (end - start) and quick >= 0.9 * len(gaps):
+        return "burst", values
+    pauses = [gap for gap in gaps if gap > BURST_GAP]
+    values.update(bursts=len(pauses) + 1, each=len(times) / (len(pauses) + 1.0))
+    if pauses and values["each"] >= 4 and middle_of(pauses) >= BURST_PAUSE:
+        values["pause"] = middle_of(pauses) * 1000.0
+        return "blocks", values
+    return "streamed", values
+
+
+def stream_finding(reply: Reply) -> Finding:
+    """Whether what is generated comes as it is generated."""
+    witness = reply.witness
+    assert witness is not None, "asked as a stream"
+    if not witness.provider.streams:
+        return fine("stream", "unwanted")
+    if not witness.stream:
+        return doubtful("stream", "whole", "whole", type=reply.headers.get("content-type", "?"))
+    end = witness.end_at or witness.arrived
+    opened = witness.events[0][0] - witness.start if witness.events else 0.0
+    pattern, values = arrival_pattern(witness.chunk_times or (), witness.start, end)
+    coding = reply.headers.get("content-encoding", "identity").lower()
+    values["buffering"] = reply.headers.get("x-accel-buffering", "")
+    values["coding"] = coding
+    if pattern == "burst" and values["after"] / 1000.0 - opened > BURST_PAUSE:
+        return doubtful("stream", "at_once", "at_once", **values)  # a frame without text was let through before
+    if pattern in ("burst", "blocks"):
+        return doubtful("stream", pattern, "gzip" if coding != "identity" else "buffering", **values)
+    if coding != "identity":
+        return doubtful("stream", "packed", "gzip", **values)
+    if pattern == "few":
+        return doubtful("stream", "few", "few", **values)
+    return fine("stream", "accel" if values["buffering"] else "streamed", **values)
+
+
+class Heard(NamedTuple):
+    """One event of a stream: when it came, its JSON (None: it is none), and the kinds and texts of its frames."""
+
+    at: float
+    tree: Any
+    frames: List[Frame]
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it carries any output."""
+        return any(frame.kind in OUTPUT_KINDS for frame in self.frames)
+
+
+def read_again(witness: Witness) -> List[Heard]:
+    """The events of a stream, each in full."""
+    decoder, said = witness.provider.decoder(), []
+    for at, event in witness.events:
+        tree, frames = None, []  # type: Any, List[Frame]
+        with contextlib.suppress(ParseError):
+            frames = decoder.frames(event)
+            tree = parse_json(event[1]) if event[1].strip() != DONE else None
+        said.append(Heard(at, tree, frames))
+    return said
+
+
+def path_of(tree: Any, wanted: Callable[[str, Any], bool], path: str = "") -> str:
+    """Where in some JSON stands what is wanted, asked by key and value: `choices.0.delta.content`; "" for nowhere.
+
+    >>> path_of({"a": [{"b": 1, "c": "x"}]}, lambda key, value: value == "x")
+    'a.0.c'
+    """
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in children:
+        here = "%s.%s" % (path, key) if path else str(key)
+        if not isinstance(value, (dict, list)) and wanted(str(key), value):
+            return here
+        found = path_of(value, wanted, here)
+        if found:
+            return found
+    return ""
+
+
+def first_finding(said: Sequence[Heard]) -> Finding:
+    """What stands before the first output: a frame with the role alone is not the first token."""
+    before = list(itertools.takewhile(lambda event: not event.speaks, said))
+    if len(before) == len(said):
+        return doubtful("first", "none", "reasoning_only")
+    if not before:
+        return fine("first", "text")
+    role = path_of(before[0].tree, lambda key, value: key == "role")
+    ms = (said[len(before)].at - before[0].at) * 1000.0
+    return fine("first", "role" if role else "meta", count=len(before), ms=ms)
+
+
+def reasoning_finding(witness: Witness, said: Sequence[Heard]) -> Finding:
+    """Where reasoning stands, and whether anything else came."""
+    pieces = ((event.tree, frame.text) for event in said for frame in event.frames if frame.kind == "reasoning")
+    tree, text = next(pieces, (None, ""))
+    path = path_of(tree, lambda _, value: value == text) if text else ""
+    values = {"path": path, "chars": witness.reasoning_chars}
+    if not witness.reasoning_chars:
+        return fine("reasoning", "none")
+    if witness.content_at is None:
+        return doubtful("reasoning", "only", "reasoning_only", **values)
+    if not text:
+        return fine("reasoning", "tags", **values)
+    return fine("reasoning", "field", **values)
+
+
+def frames_finding(witness: Witness) -> Finding:
+    """How many tokens a frame holds."""
+    tokens = witness.usage.get("out_tokens")
+    if not tokens or not witness.chunks:
+        return fine("frames", "unknown", frames=witness.chunks)
+    if not witness.reasoning_chars:
+        tokens -= witness.usage.get("reasoning_tokens", 0)
+    each = tokens / witness.chunks
+    return fine("frames", "several" if each >= 1.5 else "single", tokens=tokens, frames=witness.chunks, each=each)
+
+
+def usage_finding(witness: Witness, said: Sequence[Heard], notes: Sequence[str]) -> Finding:
+    """Whether the endpoint counts its tokens, and where it says so."""
+    tokens = witness.usage.get("out_tokens")
+    holders = [event for event in said if any(frame.kind == "usage" for frame in event.frames)]
+    if not witness.stream and tokens:
+        return fine("usage", "whole", tokens=tokens, prompt=witness.usage.get("in_tokens", "?"))
+    if not holders or not tokens:
+        return doubtful("usage", "none", "usage", notes="; ".join(notes))
+    last = holders[-1]
+    path = path_of(last.tree, lambda key, value: value == tokens and not isinstance(value, bool)
+                   and re.search("token|count", key.lower()) is not None)  # fmt: skip
+    values = {"path": path or "?", "tokens": tokens, "prompt": witness.usage.get("in_tokens", "?"),
+              "count": len(holders), "events": len(said), "cached": witness.usage.get("cached_tokens", 0)}  # fmt: skip
+    if len(holders) > 1:
+        return fine("usage", "repeated", **values)
+    if any(frame.kind == "end" for frame in last.frames):
+        return fine("usage", "finish", **values)
+    return fine("usage", "own", **values)
+
+
+def end_finding(witness: Witness, said: Sequence[Heard]) -> Finding:
+    """What marks the end of a stream."""
+    done = any(frame.kind == "end" and not frame.text for event in said for frame in event.frames)
+    values = {"reason": witness.finish_reason or "", "err": witness.err or ""}
+    if witness.status == "truncated":
+        return doubtful("end", "missing", "end_optional", **values)
+    if not witness.stream:
+        return fine("end", "whole", **values)
+    if witness.finish_reason:
+        return fine("end", "both" if done else "finish", **values)
+    return fine("end", "marker" if done else "close", **values)
+
+
+def limit_finding(witness: Witness, dialect: Dialect, asked: int) -> Finding:
+    """How the longest answer is asked for, and whether that holds."""
+    tokens = witness.usage.get("out_tokens")
+    values = {"field": dialect.max_tokens_field, "asked": asked, "tokens": tokens or 0,
+              "notes": "; ".join(dialect.notes)}  # fmt: skip
+    if tokens is not None and tokens > asked:
+        return doubtful("max_tokens", "exceeded", "exceeded", **values)
+    if dialect.notes:
+        return fine("max_tokens", "negotiated", **values)
+    return fine("max_tokens", "taken", **values)
+
+
+def is_refusal(reply: Reply) -> bool:
+    """Whether an endpoint that answers other requests refused what this one asked for."""
+    return 400 <= reply.code < 500 and reply.code not in (401, 403, 407, 408, 429)
+
+
+def exact_finding(reply: Reply, asked: int, fields: Sequence[str]) -> Finding:
+    """Whether answers can be had at a length of our choice."""
+    witness = reply.witness
+    tokens = witness.usage.get("out_tokens") if witness is not None else None
+    values = {"asked": asked, "tokens": tokens or 0, "err": reply.err, "fields": ", ".join(fields)}
+    if is_refusal(reply):
+        return doubtful("exact", "refused", "exact", **values)
+    if reply.status != "ok":
+        return doubtful("exact", "failed", "server_log", **values)
+    if tokens is None:
+        return doubtful("exact", "uncounted", "exact", **values)
+    if tokens == asked:
+        return fine("exact", "obeyed", **values)
+    return doubtful("exact", "ignored", "exact", **values)
+
+
+def tool_finding(reply: Reply) -> Finding:
+    """Whether a question with a tool is answered with a call."""
+    witness = reply.witness
+    if is_refusal(reply):
+        return doubtful("tool", "refused", "tool", err=reply.err)
+    if reply.status != "ok" or witness is None:
+        return doubtful("tool", "failed", "server_log", err=reply.err)
+    kinds = [frame.kind for event in read_again(witness) for frame in event.frames]
+    if "tool" in kinds or witness.tool_at is not None:
+        return fine("tool", "called", pieces=max(1, kinds.count("tool")))
+    if witness.finish_reason in ("tool_calls", "function_call"):
+        return fine("tool", "called", pieces=1)
+    return doubtful("tool", "text", "tool_text", chars=witness.chars)
+
+
+def kept_finding(replies: Sequence[Reply]) -> Finding:
+    """Whether connections last, and how long they may be idle."""
+    heard = [reply for reply in replies if reply.head is not None]
+    idle = next((reply.headers["keep-alive"] for reply in heard if "keep-alive" in reply.headers), "")
+    found = re.search(r"timeout=([0-9]+)", idle)
+    most = re.search(r"max=([0-9]+)", idle)
+    row = longest = 0  # how many requests in a row one connection carried
+    for reply in heard:
+        row = row + 1 if reply.reused else 1
+        longest = max(longest, row)
+    values = {"count": longest, "timeout": found.group(1) if found else "", "most": most.group(1) if most else "",
+              "answers": len(heard)}  # fmt: skip
+    closed = [reply for reply in heard if not reply.kept]
+    if not heard or (len(heard) == 1 and not closed):
+        return fine("kept", "unknown", **values)
+    if longest == 1:
+        return doubtful("kept", "closed", "closed", **values)
+    if any(reply.headers.get("connection", "").lower() == "close" and not is_refusal(reply) for reply in closed):
+        return doubtful("kept", "counted", "counted", **values)
+    return fine("kept", "timeout" if found else "kept", **values)
+
+
+RATE_HEADER = re.compile(r"^(x-ratelimit-|ratelimit|anthropic-ratelimit-|x-rate-limit-|retry-after)")
+
+
+def rates_finding(replies: Sequence[Reply]) -> Finding:
+    """What headers say of rate limits."""
+    found: Dict[str, str] = {}
+    for reply in replies:
+        found.update((name, value) for name, value in reply.headers.items() if RATE_HEADER.match(name))
+    shown = few_of(["%s: %s" % pair for pair in sorted(found.items())], 12)
+    limited = next((reply for reply in replies if reply.code == 429), None)
+    if limited is not None:
+        wait = limited.headers.get("retry-after", "")
+        return doubtful("rates", "limited", refusal_remedy(limited), headers=shown or "-", wait=wait)
+    if not found:
+        return fine("rates", "none")
+    spent = any("remaining" in name and re.match(r"^0+$", value.strip()) for name, value in found.items())
+    return doubtful("rates", "spent", "spent", headers=shown) if spent else fine("rates", "told", headers=shown)
+
+
+CLOCK_LIMIT = 5.0  # s; what is signed is refused from 60 to 900 s on, by vendor
+
+
+def clock_finding(replies: Sequence[Reply]) -> Finding:
+    """How far this host's clock is from the endpoint's, by a header that tells whole seconds."""
+    for reply in replies:
+        date = read_http_date(reply.headers.get("date", ""))
+        if date is not None:
+            early, late = date - reply.headed, date + 1.0 - reply.sent  # the bounds of theirs less ours
+            skew = early if early > 0 else min(0.0, late)
+            if abs(skew) <= CLOCK_LIMIT:
+                return fine("clock", "right", seconds=max(1.0, abs(skew)))
+            return doubtful("clock", "behind" if skew > 0 else "ahead", "clock", seconds=abs(skew))
+    return fine("clock", "unknown")
+
+
+# This host.
+
+
+def files_finding(limits: Optional[Tuple[int, int]]) -> Finding:
+    """How many streams the limit of open files leaves room for. limits: soft and hard, -1 for none."""
+    if limits is None:
+        return fine("files", "unknown")
+    soft, hard = limits
+    if hard < 0:
+        return fine("files", "unlimited", soft=soft)
+    values = {"soft": soft, "hard": hard, "streams": max(1, hard - 64)}
+    return fine("files", "room", **values) if hard >= 1024 + 64 else doubtful("files", "narrow", "files", **values)
+
+
+def cpu_finding(usable: int, quota: Optional[float], present: int) -> Finding:
+    """How much CPU this process may use."""
+    values = {"usable": usable, "quota": quota or 0.0, "present": present}
+    if quota is None:
+        return fine("cpu", "usable", **values)
+    return doubtful("cpu", "narrow", "cpu", **values) if quota < 1.0 else fine("cpu", "quota", **values)
+
+
+def open_file_limits() -> Optional[Tuple[int, int]]:
+    """Soft and hard limit of open files, -1 for none; None where the system has no such thing."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    return (-1 if soft == unlimited else soft), (-1 if hard == unlimited else hard)
+
+
+def host_findings() -> List[Finding]:
+    """What this host leaves a run."""
+    return [files_finding(open_file_limits()), cpu_finding(usable_cpus(), cpu_quota(), os.cpu_count() or 1)]
+
+
+# The requests.
+
+MOST_REQUESTS = 5
+STREAM_TOKENS = 64  # enough frames to see a rhythm
+EXACT_TOKENS = 24
+TOOL_TOKENS = 128
+QUESTIONS = {
+    "stream": "Count from 1 to 60 in words, one number per line, and write nothing else.",
+    "exact": "Say the word hello once, and nothing else.",
+    "tool": "What is the weather in Paris right now? Use the tool.",
+}
+WEATHER = {
+    "name": "get_weather",
+    "description": "The current weather of a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+OPENAI_TOOL = {"tools": [{"type": "function", "function": WEATHER}]}
+# How each dialect is told of a tool; where it isn't known, none is asked for.
+TOOL_FIELDS: Dict[str, Dict[str, Any]] = {
+    "openai": OPENAI_TOOL, "azure": OPENAI_TOOL, "baidu": OPENAI_TOOL, "ollama": OPENAI_TOOL,
+    "aliyun": {"parameters": OPENAI_TOOL},
+    "responses": {"tools": [{"type": "function", **WEATHER}]},
+    "gemini": {"tools": [{"functionDeclarations": [WEATHER]}]},
+    "anthropic": {"tools": [{"name": WEATHER["name"], "description": WEATHER["description"],
+                             "input_schema": WEATHER["parameters"]}]},
+}  # fmt: skip
+
+
+class Explained(NamedTuple):
+    """A request as it was signed: which of the five, its method, and what `Provider.signed` says of it."""
+
+    name: str
+    method: str
+    signed: Signed
+
+
+class Preflight:
+    """A check under way: the connection it has, the answers it got, and what it found, told as it goes.
+
+    ended: the step at which it could not go on, "" when it came to its end.
+    """
+
+    def __init__(
+        self, config: Config, provider: Provider, endpoint: Endpoint, poll: Poll, source: str,
+        tell: Callable[[Finding], None],
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.provider = provider
+        self.endpoint = endpoint
+        self.poll = poll
+        self.source = source
+        self.tell = tell
+        self.network = Network(endpoint, config, poll)
+        self.replies: List[Reply] = []
+        self.requests = 0
+        self.ended = ""
+        self.explained: Optional[Explained] = None
+        self._wanted = config.model
+        self._connection: Optional[Connection] = None
+        self._address = ""
+
+    async def run(self) -> None:
+        """All steps that can be taken."""
+        try:
+            if await self._walk():
+                await self._ask()
+                self._judge_answers()
+        finally:
+            if self._connection is not None:
+                self._connection.close()
+        for finding in host_findings():
+            self.tell(finding)
+
+    # The way.
+
+    async def _walk(self) -> bool:
+        """Opens the first connection step by step; whether it is open."""
+        step, began = "dns", clock()
+        deadline = began + self.config.connect_timeout
+        sock: Optional[StampedSocket] = None
+        try:
+            addresses = await self.network.lookup()
+            looked_up = clock()
+            fixed = bool(self.config.resolve) and self._is_fixed(addresses)
+            self.tell(dns_finding(self.network, addresses, looked_up - began, fixed))
+            step = "tcp"
+            sock = await self.network.connect(addresses, deadline)
+            connected = clock()
+            self._address = show_address(sock.getpeername())
+            local = show_address(sock.getsockname())
+            self.tell(fine("tcp", "unix" if self.endpoint.unix else "connected", address=self._address, local=local,
+                           ms=(connected - looked_up) * 1000.0))  # fmt: skip
+            step = "proxy"
+            await self.network.tunnel(sock, deadline)
+            tunnelled = clock()
+            secure = self.endpoint.scheme == "https"
+            self.tell(proxy_finding(self.network.route, tunnelled - connected, secure))
+            step = "tls"
+            writer = await self.network.secure(sock, deadline)
+            ready = clock()
+            self._tell_tls(writer, ready - tunnelled)
+            step = "http"
+            spans = Spans(looked_up - began, connected - looked_up, tunnelled - connected, ready - tunnelled)
+            self._connection = self.network.take(sock, writer, spans)
+            return True
+        except RequestError as error:
+            if sock is not None:
+                sock.close()
+            self.ended = step
+            self.tell(await self._refused_tls(error) if step == "tls" else unreached(step, error))
+            return False
+
+    def _is_fixed(self, addresses: Sequence[Any]) -> bool:
+        """Whether --resolve named these addresses."""
+        host, port = peer_of(self.endpoint, self.network.route)
+        return fixed_addresses(self.config.resolve, host, port) == addresses
+
+    def _tell_tls(self, writer: asyncio.StreamWriter, seconds: float) -> None:
+        tls = writer.get_extra_info("ssl_object")
+        if tls is None:
+            self.tell(fine("tls", "unix" if self.endpoint.unix else "none"))
+            return
+        private = is_private_address(self._address) and self.network.route.proxy is None
+        handshake = self._handshake(tls, seconds, not self.config.insecure, "")
+        self.tell(tls_finding(handshake, time.time(), self.config, private))
+
+    @staticmethod
+    def _handshake(tls: Any, seconds: float, verified: bool, refused: str) -> Handshake:
+        chain = []
+        with contextlib.suppress(ParseError):
+            chain = [read_certificate(data) for data in peer_chain(tls)]
+        cipher = tls.cipher()
+        return Handshake(tls.version() or "?", cipher[0] if cipher else "?", chain, verified, refused, seconds)
+
+    async def _refused_tls(self, error: RequestError) -> Finding:
+        """What is to be said of TLS that failed: the certificate is asked for again, without judging it."""
+        if not str(error).startswith("certificate"):
+            return unreached("tls", error)
+        network = Network(self.endpoint, dataclasses.replace(self.config, insecure=True), self.poll)
+        deadline = clock() + self.config.connect_timeout
+        sock: Optional[StampedSocket] = None
+        try:
+            sock = await network.connect(await network.lookup(), deadline)
+            await network.tunnel(sock, deadline)
+            writer = await network.secure(sock, deadline)
+        except RequestError:  # it let us in a moment ago
+            if sock is not None:
+                sock.close()
+            return unreached("tls", error)
+        try:
+            refused = re.sub(r" \(--.*\)$", "", str(error))  # what to do is said by what is found in it
+            handshake = self._handshake(writer.get_extra_info("ssl_object"), 0.0, False, refused)
+        finally:
+            writer.transport.abort()
+        return tls_finding(handshake, time.time(), self.config, False)
+
+    # The requests.
+
+    async def _ask(self) -> None:
+        """The five requests, as far as the replies let us go on."""
+        if not await self._has_token():
+            return
+        models = await self._ask_models("models") if self.provider.models_target(self.endpoint) else None
+        self._choose_model(models)
+        if not self.config.model:
+            self.ended = "models"
+            if models is not None:
+                self.ended = "auth" if models.status == "auth_error" else "http" if models.head is None else "models"
+                self._judge_refusal(models)
+            return
+        stream = await self._ask_stream()
+        self._judge_refusal(stream)
+        if http_finding(stream).state == "failed" or stream.status == "auth_error":
+            self.ended = "auth" if stream.status == "auth_error" else "http"
+            return
+        self._judge_stream(stream)
+        await self._ask_exact()
+        await self._ask_tool()
+        if self._may_ask() and models is not None:
+            await self._ask_models("kept")
+
+    async def _has_token(self) -> bool:
+        """Asks for the token where the scheme wants that, which is not a request to the endpoint."""
+        try:
+            await TokenKeeper(self.config, self.provider, self.endpoint, self.poll).first()
+            return True
+        except UserError as error:
+            self.ended = "auth"
+            self.tell(failing("auth", "no_grant", "no_grant", err=str(error)))
+            return False
+
+    def _choose_model(self, models: Optional[Reply]) -> None:
+        """The model to ask for: the one that was named, else the first of the list."""
+        if models is not None:
+            names = listed_models(models, self.provider)
+            self.tell(models_finding(models, names, self._wanted if self.provider.needs_model else self.provider.name))
+        else:
+            names = []
+            bad = self.provider.needs_model and not self._wanted
+            self.tell(failing("models", "nowhere", "model") if bad else fine("models", "nowhere"))
+        self.config.model = self._wanted or ("".join(names[:1]) if self.provider.needs_model else self.provider.name)
+
+    def _may_ask(self) -> bool:
+        return self.requests < MOST_REQUESTS
+
+    def _variant(self, **settings: Any) -> Provider:
+        """The provider with other settings, which signs as the same one."""
+        provider = make_provider(dataclasses.replace(self.config, **settings))
+        provider.auth = self.provider.auth
+        return provider
+
+    async def _ask_models(self, name: str) -> Reply:
+        headers = [("Host", self.endpoint.authority), ("User-Agent", "llmbench/" + __version__),
+                   ("Accept", "application/json"), ("Accept-Encoding", "identity")]  # fmt: skip
+        headers = replace_headers(headers + self.provider.authorization(self.endpoint), self.config.header)
+        request = HTTPRequest(self.provider.models_target(self.endpoint), headers, b"")
+        return await self._send(name, "GET", request, self.provider)
+
+    def _chat(self, name: str, provider: Provider, dialect: Dialect, tokens: Optional[int] = None) -> HTTPRequest:
+        """A chat of one question. tokens: of an answer that is to have so many."""
+        most = {"stream": STREAM_TOKENS, "tool": TOOL_TOKENS}.get(name)
+        prompt = Prompt(name, [{"role": "user", "content": QUESTIONS[name]}], max_tokens=most, output_tokens=tokens)
+        return provider.request(prompt, self.endpoint, "%s-%s" % (self.config.run_id, name), dialect)
+
+    async def _ask_stream(self) -> Reply:
+        """The chat, in the dialect that the endpoint takes."""
+        provider, dialect = self._variant(record_chunks=True), self.provider.dialect
+        reply = await self._send("stream", "POST", self._chat("stream", provider, dialect), provider)
+        while reply.code == 400 and self._may_ask():
+            other = dialect.without(reply.body.decode("utf-8", "replace"))
+            if other is None:
+                break
+            dialect = other
+            reply = await self._send("stream", "POST", self._chat("stream", provider, dialect), provider)
+            if reply.status == "ok":
+                self.provider.dialect.adopt(dialect)
+        return reply
+
+    async def _ask_exact(self) -> None:
+        dialect = self.provider.dialect.copy()
+        fields = dialect.exact_fields()
+        if not fields:
+            self.tell(fine("exact", "unknown", provider=self.provider.name))
+        elif not self._may_ask():
+            self.tell(fine("exact", "unasked", most=MOST_REQUESTS))
+        else:
+            request = self._chat("exact", self.provider, dialect, EXACT_TOKENS)
+            reply = await self._send("exact", "POST", request, self.provider)
+            self.tell(exact_finding(reply, EXACT_TOKENS, fields))
+
+    async def _ask_tool(self) -> None:
+        fields = TOOL_FIELDS.get(self.provider.name)
+        if fields is None:
+            self.tell(fine("tool", "unknown", provider=self.provider.name))
+        elif not self._may_ask():
+            self.tell(fine("tool", "unasked", most=MOST_REQUESTS))
+        else:
+            body = copy_tree(fields)
+            merge(body, self.config.body)
+            provider = self._variant(body=body)
+            request = self._chat("tool", provider, self.provider.dialect)
+            self.tell(tool_finding(await self._send("tool", "POST", request, provider)))
+
+    async def _send(self, name: str, method: str, request: HTTPRequest, provider: Provider) -> Reply:
+        """Sends a request on the connection that is open, or on a new one, and waits for its end."""
+        self.requests += 1
+        while True:
+            reused = self._connection is not None and self._connection.open and self._connection.used
+            try:
+                reply, dead = await self._exchange(name, method, request, provider)
+            except RequestError as error:
+                now = time.time()
+                reply, dead = Reply(name, error.status, str(error), None, b"", now, now, False, False), False
+            if not (dead and reused):  # an idle connection that turns out dead has carried nothing
+                self.replies.append(reply)
+                return reply
+
+    async def _exchange(
+        self, name: str, method: str, request: HTTPRequest, provider: Provider
+    ) -> Tuple[Reply, bool]:  # fmt: skip
+        """One sending, and whether the connection was dead."""
+        if self._connection is None or not self._connection.open:
+            self._connection = await self.network.open()
+        connection, reused = self._connection, self._connection.used
+        payload = self._sign(name, method, request, provider)
+        done: asyncio.Future = asyncio.get_event_loop().create_future()
+        kind = Witness if method == "POST" else Listing
+        exchange = kind(provider, lambda: done.done() or done.set_result(None))
+        sent = time.time()
+        exchange.start = connection.send(payload, exchange)
+        watch = Watch(exchange)
+        try:
+            await done
+        finally:
+            watch.stop()
+        kept = exchange.reusable() and connection.open
+        if kept:
+            connection.release()
+        else:
+            connection.close()
+            self._connection = None
+        if exchange.dead and connection.alert and not reused:
+            raise RequestError("tls_error", connection.alert)
+        headed = sent + max(0.0, (exchange.ttfb_at or clock()) - exchange.start)
+        witness = exchange if isinstance(exchange, Witness) else None
+        reply = Reply(name, exchange.status or "", exchange.err or "", exchange.reader.head, bytes(exchange.whole),
+                      sent, headed, reused, kept, witness)  # fmt: skip
+        return reply, exchange.dead
+
+    def _sign(self, name: str, method: str, request: HTTPRequest, provider: Provider) -> bytes:
+        """The request's bytes, signed now; how that came about is kept of the first chat, and of a list before it."""
+        signed = provider.signed(request, time.time(), random_nonce(), method)
+        if self.explained is None or (name == "stream" and self.explained.name == "models"):
+            self.explained = Explained(name, method, signed)
+        return self.network.encode(method, signed.target, signed.headers, request.body)
+
+    def explain(self) -> Explained:
+        """How the chat is signed; where it was never sent, how it would be."""
+        if self.explained is None:
+            self._sign("stream", "POST", self._chat("stream", self.provider, self.provider.dialect), self.provider)
+        assert self.explained is not None, "signed just now"
+        return self.explained
+
+    # What the replies come to.
+
+    def _judge_refusal(self, reply: Reply) -> None:
+        self.tell(http_finding(reply))
+        if reply.head is not None and reply.code != 407:
+            self.tell(auth_finding(reply, self.provider, self.endpoint, self.source))
+
+    def _judge_stream(self, reply: Reply) -> None:
+        witness = reply.witness
+        assert witness is not None, "an answer that was read"
+        dialect = self.provider.dialect
+        self.tell(stream_finding(reply))
+        said = read_again(witness)
+        if witness.stream:
+            self.tell(first_finding(said))
+        self.tell(reasoning_finding(witness, said))
+        if witness.stream:
+            self.tell(frames_finding(witness))
+        self.tell(usage_finding(witness, said, dialect.notes))
+        self.tell(end_finding(witness, said))
+        self.tell(limit_finding(witness, dialect, STREAM_TOKENS))
+
+    def _judge_answers(self) -> None:
+        self.tell(kept_finding(self.replies))
+        self.tell(rates_finding(self.replies))
+        self.tell(clock_finding(self.replies))
+
+
+# What is shown.
+
+
+def check_text(texts: Mapping[str, str], *key: str, **values: Any) -> str:
+    """The text of check.KEY with its values filled in."""
+    return texts[".".join(("check", *key))].format(**values).strip()
+
+
+def shown_values(finding: Finding, hide: Callable[[str], str]) -> Dict[str, Any]:
+    """A finding's values without secrets."""
+    return {name: hide(value) if isinstance(value, str) else value for name, value in finding.values.items()}
+
+
+def finding_texts(finding: Finding, texts: Mapping[str, str], hide: Callable[[str], str]) -> Tuple[str, str]:
+    """What was seen, and what to do ("" for nothing)."""
+    values = shown_values(finding, hide)
+    seen = check_text(texts, finding.step, finding.key, **values)
+    return seen, check_text(texts, "do", finding.remedy, **values) if finding.remedy else ""
+
+
+STATE_COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+def finding_lines(
+    finding: Finding, texts: Mapping[str, str], paint: Callable[[str, str], str], hide: Callable[[str], str]
+) -> List[str]:  # fmt: skip
+    """A finding as lines for a terminal: verdict, step, what was seen, and below it what to do."""
+    width, columns = max(60, terminal_columns()), (9, 14)
+    indent = " " * sum(columns)
+    seen, remedy = map(printable, finding_texts(finding, texts, hide))
+    lines = wrapped(seen, width, indent)
+    state = padded(check_text(texts, "state", finding.state), columns[0], False)
+    step = padded(check_text(texts, "step", finding.step), columns[1], False)
+    lines[0] = paint(STATE_COLOURS[finding.state], state) + step + lines[0].lstrip()
+    return lines + (wrapped("-> " + remedy, width, indent) if remedy else [])
+
+
+def finding_json(finding: Finding, texts: Mapping[str, str], hide: Callable[[str], str]) -> Dict[str, Any]:
+    """A finding as `--json` has it: texts for a reader, key and values for a program."""
+    seen, remedy = finding_texts(finding, texts, hide)
+    values = {name: round(value, 3) if isinstance(value, float) else value
+              for name, value in shown_values(finding, hide).items()}  # fmt: skip
+    entry = {"step": finding.step, "state": finding.state, "key": finding.key, "seen": seen, "values": values}
+    return {**entry, "remedy": remedy} if remedy else entry
+
+
+def explain_json(explained: Explained, hide: Callable[[str], str]) -> Dict[str, Any]:
+    """How a request was signed, as `--json` has it."""
+    signed = explained.signed
+    headers = [name + ": " + value for name, value in signed.headers]
+    return {
+        "request": explained.name, "method": explained.method, "target": hide(signed.target),
+        "steps": [{"name": name, "text": hide(text)} for name, text in signed.steps],
+        "headers": [mask_header(hide(line)) for line in headers],
+    }  # fmt: skip
+
+
+def explain_lines(explained: Explained, texts: Mapping[str, str], hide: Callable[[str], str]) -> List[str]:
+    """How a request was signed, as lines: each step's text as it is, line by line, and then what was sent."""
+    told = explain_json(explained, hide)
+    title = check_text(texts, "explain" if told["steps"] else "explain.plain", name=explained.name)
+    lines = ["", title, ""]
+    for step in told["steps"]:
+        lines += ["  " + printable(step["name"])]
+        lines += ["      | " + printable(line) for line in step["text"].split("\n")]
+    lines += ["  " + check_text(texts, "explain.sent")]
+    sent = ["%s %s" % (told["method"], told["target"]), *told["headers"]]
+    return lines + ["      | " + printable(line) for line in sent]
+
+
+def count_states(findings: Sequence[Finding]) -> Dict[str, int]:
+    """How many findings are of each state."""
+    return {state: sum(finding.state == state for finding in findings) for state in STATE_COLOURS}
+
+
+def found_flags(preflight: Preflight, findings: Sequence[Finding]) -> List[str]:
+    """The flags that a run needs beside those that the check was given."""
+    keys = {(finding.step, finding.key) for finding in findings}
+    given, words = preflight.config.given, []  # type: Tuple[str, ...], List[str]
+    if "model" not in given and preflight.config.model:
+        words += ["--model", preflight.config.model]
+    if preflight.provider.dialect.max_tokens_field != (preflight.config.max_tokens_field or "max_tokens"):
+        words += ["--max-tokens-field", preflight.provider.dialect.max_tokens_field]
+    if ("end", "missing") in keys:
+        words.append("--end-optional")
+    if ("usage", "none") in keys:
+        words += ["--token-mode", "chars"]
+    return words
+
+
+def closing_lines(preflight: Preflight, findings: Sequence[Finding], command: str, notes: Sequence[str],
+                  texts: Mapping[str, str]) -> List[str]:  # fmt: skip
+    """The verdict, where the check ended if not at its end, and the run's command."""
+    states, width = count_states(findings), max(60, terminal_columns())
+    values = {"requests": preflight.requests, "warnings": states["warning"], "failed": states["failed"]}
+    usable = not states["failed"]
+    lines = ["", *wrapped(check_text(texts, "usable" if usable else "unusable", **values), width, "")]
+    if preflight.ended:
+        step = check_text(texts, "step", preflight.ended)
+        lines += wrapped(check_text(texts, "ended", step=step), width, "")
+    lines += ["", check_text(texts, "command" if usable else "command.later"), "", "  " + command]
+    return lines + ([""] + [line for note in notes for line in wrapped(note, width, "")] if notes else [])
+
+
+def check_document(
+    preflight: Preflight, findings: Sequence[Finding], command: str, notes: Sequence[str], texts: Mapping[str, str],
+    hide: Callable[[str], str],
+) -> Dict[str, Any]:  # fmt: skip
+    """What `--json` prints: the findings, and what follows from them."""
+    states = count_states(findings)
+    document = {
+        "llmbench": __version__, "url": hide(preflight.endpoint.url), "provider": preflight.provider.name,
+        "model": preflight.config.model, "usable": not states["failed"], "requests": preflight.requests,
+        "states": states, "findings": [finding_json(finding, texts, hide) for finding in findings],
+        "command": command, "notes": list(notes),
+    }  # fmt: skip
+    return {**document, "ended_at": preflight.ended} if preflight.ended else document
+
+
+# ==================================================================================================
+# 23. Commands: run, check, report, compare, providers, mock; main()
 # ==================================================================================================
 #
 # Flags are one table, RUN_FLAGS, from which the parser and `--help` are made and against which the
@@ -14814,16 +18432,11 @@ def read_choice(*choices: str) -> Callable[[str], str]:
     return read
 
 
-def read_no_constant(name: str) -> NoReturn:
-    """Refuses NaN and Infinity, which Python reads and writes but JSON does not have."""
-    raise ValueError(name)
-
-
 def read_json_object(text: str) -> Dict[str, Any]:
     """A JSON object."""
     try:
         tree = json.loads(text, parse_constant=read_no_constant)
-    except ValueError:
+    except (ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict):
         raise ValueError('needs a JSON object such as {"temperature": 0}')
@@ -14853,7 +18466,9 @@ RUN_FLAGS = (
     Flag("url", str, "URL", "", "endpoint; without a path the provider's is added, a path ending in /vN gets its last "
          "part; unix:/path.sock:/v1 is behind a Unix socket; mock: or mock:?ttft=200&itl=50&tokens=20 starts the "
          "built-in mock server in a process of its own"),
-    Flag("provider", str, "NAME", "openai", "the endpoint's dialect; `llmbench providers` lists them"),
+    Flag("provider", str, "NAME", "openai",
+         "the endpoint's dialect; `llmbench providers` lists them; a path ending in .json or .py is one of your own"),
+    Flag("provider-file", str, "FILE", "", "the same as --provider FILE, beside --provider custom"),
     Flag("model", str, "NAME", "the first listed", "model to ask for; by default the first id that GET …/models lists"),
     Flag("token", str, "SECRET", "$LLMBENCH_TOKEN, then $OPENAI_API_KEY",
          "the secret itself, or env:NAME, file:PATH, cmd:COMMAND"),
@@ -14924,10 +18539,13 @@ RUN_FLAGS = (
     Flag("header", str, "'K: V'", "",
          "header to add, or to put in place of ours; an empty value takes it out (repeat)", True),
     Flag("body", read_json_object, "JSON", "", "object merged into the request body; null takes a field out"),
+    Flag("no-stream", None, "", "", "ask for whole answers: latency and tokens are measured, and there is no TTFT"),
     Flag("end-optional", None, "", "off", "a stream may end without finish reason or end marker"),
     Flag("count-connect", None, "", "off", "count a new connection's set-up into TTFT and latency"),
     Flag("record-chunks", None, "", "off", "keep every output frame's time in the record, as chunk_ms"),
     Flag("out", str, "DIR", "llmbench-MODEL-TIME", "where the four files go; never overwrites results"),
+    Flag("markdown", None, "", "off", "leave summary.md too: tables to paste in a ticket"),
+    Flag("junit", None, "", "off", "leave junit.xml too: a test for each gate and stage, for a CI server"),
     Flag("seed", read_count(0), "N", "0", "everything random, save the unique prefixes"),
     Flag("processes", read_processes, "N", "auto",
          "worker processes; auto: 1 below 128 streams, else min(usable CPUs, streams // 64)"),
@@ -15003,16 +18621,9 @@ def read_argument(flag: Flag) -> Callable[[str], Any]:
     return read
 
 
-def run_parser() -> ArgumentParser:
-    """The parser of `run`, made of RUN_FLAGS. `-flag`, `--flag`, with a blank or `=`; no abbreviations."""
-    parser = ArgumentParser(
-        prog="llmbench run", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measures a streaming chat endpoint; leaves results.jsonl, results.csv, summary.json, report.html",
-        epilog="durations: 500ms, 30s, 5m, 8h, or plain seconds\nexit status: 0 done, 1 a gate failed, 2 usage, "
-        "3 no request succeeded, 4 the client was the limit (INVALID), 5 results could not be written, "
-        "130/143 interrupted",
-    )  # fmt: skip
-    for flag in RUN_FLAGS:
+def add_flags(parser: ArgumentParser, flags: Iterable[Flag]) -> None:
+    """Has a parser take these flags: `-flag`, `--flag`, with a blank or `=`; no abbreviations."""
+    for flag in flags:
         spellings = ["--" + flag.name, "-" + flag.name]
         meaning = (flag.meaning + (" (default: %s)" % flag.default if flag.default else "")).replace("%", "%%")
         if flag.read is None:
@@ -15025,18 +18636,38 @@ def run_parser() -> ArgumentParser:
                 help=meaning,
                 action="append" if flag.repeat else "store",
             )
+
+
+def run_parser() -> ArgumentParser:
+    """The parser of `run`, made of RUN_FLAGS."""
+    parser = ArgumentParser(
+        prog="llmbench run", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measures a streaming chat endpoint; leaves results.jsonl, results.csv, summary.json, report.html",
+        epilog="durations: 500ms, 30s, 5m, 8h, or plain seconds\nexit status: 0 done, 1 a gate failed, 2 usage, "
+        "3 no request succeeded, 4 the client was the limit (INVALID), 5 results could not be written, "
+        "130/143 interrupted",
+    )  # fmt: skip
+    add_flags(parser, RUN_FLAGS)
     return parser
 
 
 def read_config(words: Sequence[str]) -> Config:
     """The configuration that `run`'s arguments mean; raises UserError."""
-    given = {key: value for key, value in vars(run_parser().parse_all(words)).items() if value is not None}
+    return make_config(vars(run_parser().parse_all(words)))
+
+
+def make_config(parsed: Mapping[str, Any]) -> Config:
+    """The configuration that parsed flags mean, None for those that were not given; raises UserError."""
+    given = {key: value for key, value in parsed.items() if value is not None}
     if not given.get("url"):
         raise UserError("--url is needed; try --url mock: for the built-in server, or --url http://HOST:PORT")
     if given.get("unique") and given.get("no_unique"):
         raise UserError("--unique and --no-unique exclude each other; give one")
     if given.pop("no_unique", False):
         given["unique"] = False
+    if given.pop("no_stream", False):
+        given["stream"] = False
+    check_provider(given)
     check_load(given)
     read_secrets(given)
     config = Config(**given)
@@ -15065,17 +18696,41 @@ def read_secrets(given: Dict[str, Any]) -> None:
     for name, value in given.get("auth_opt", ()):
         if name in options:
             raise UserError("--auth-opt %s is given twice; leave one out" % name)
-        options[name] = read_secret(value, "--auth-opt " + name) if is_secret_name(name) else value
+        options[name] = read_secret(value, "--auth-opt " + name) if is_secret_option(name) else value
     if options:
         given["auth_opt"] = options
+
+
+# What is measured at streams alone.
+OF_STREAMS = frozenset(("ttft", "ttfe", "ttft_from_scheduled", "decode", "tpot", "itl", "request_tps"))
+
+
+def check_provider(given: Dict[str, Any]) -> None:
+    """Puts a provider's file in the place of its name, and refuses what goes with streams alone; raises UserError."""
+    custom, file = given.get("provider") in (None, "custom"), given.get("provider_file")
+    if file is not None and not custom:
+        raise UserError("--provider-file goes with --provider custom; give one of the two")
+    if file is None and given.get("provider") == "custom":
+        raise UserError("--provider custom needs --provider-file FILE, a provider of your own in JSON or Python")
+    if file is not None:
+        if not file.endswith((".json", ".py")):
+            raise UserError("--provider-file needs a file whose name ends in .json or .py")
+        given["provider"] = file
+    if not given.get("stream", True):
+        for name in ("ttft_timeout", "record_chunks"):
+            if name in given:
+                raise UserError("--%s needs a stream; leave --no-stream out" % name.replace("_", "-"))
 
 
 def check_load(given: Mapping[str, Any]) -> None:
     """Refuses flags of one kind of load beside those of the other; raises UserError."""
     try:
-        parse_gates(given.get("slo", []))
+        gates = parse_gates(given.get("slo", []))
     except ValueError as error:
         raise UserError("--slo %s" % error) from None
+    for gate in gates:
+        if not given.get("stream", True) and gate.metric in OF_STREAMS:
+            raise UserError("--slo %s needs a stream; leave --no-stream out" % gate.text)
     if "max_total_tokens" in given and given.get("token_mode", "usage") != "usage":
         raise UserError("--max-total-tokens counts by the endpoint's usage and needs --token-mode usage")
     if "input_tokens" in given and "workload_file" in given:
@@ -15129,9 +18784,12 @@ def check_shard(config: Config) -> None:
 
 def shared_run_id(config: Config) -> str:
     """The run id that hosts agree on without talking: a hash of what they have in common."""
-    own = ("shard", "out", "token", "processes", "run_id", "progress", "lang", "given", "proxy", "resolve",
+    own = ("shard", "out", *FORMS, "token", "processes", "run_id", "progress", "lang", "given", "proxy", "resolve",
            "client_cert", "client_key", *AUTH_SETTINGS)  # fmt: skip  # hosts may go different ways to one endpoint
     common = {key: value for key, value in vars(config).items() if key not in own}
+    if config.provider.endswith((".json", ".py")):  # hosts may keep it in different places
+        common["provider"] = hashlib.sha256(read_provider_file(config.provider)).hexdigest()
+        common["provider_file"] = None
     return hashlib.sha256(json.dumps(common, sort_keys=True).encode("utf-8")).hexdigest()[:8]
 
 
@@ -15178,7 +18836,7 @@ def masked_value(flag: str, value: str) -> str:
         return value if "@" not in value else "http://***@" + value.rpartition("@")[2]
     name, equals, rest = value.partition("=")
     if flag == "auth-opt" and equals:
-        return name + equals + (masked_value("", rest) if is_secret_name(name) else rest)
+        return name + equals + (masked_value("", rest) if is_secret_option(name) else rest)
     return value if re.match(r"^(env|file|cmd):", value) else "***"
 
 
@@ -15202,6 +18860,7 @@ class Session:
         self.shape: Optional[Shape] = None
         self.words = words
         self.provider = make_provider(config)
+        config.stream = self.provider.streams
         self.endpoint = parse_url(url, self.provider)
         self.route = check_way(self.endpoint, config)
         self.endpoint_url = url
@@ -15219,7 +18878,7 @@ class Session:
                 return self._show_plan()
             network = Network(self.endpoint, config, self.poll)
             self.loop.run_until_complete(self.keeper.first())
-            self._try_signing()
+            self._try_signing(network)
             if not config.model:
                 config.model = self.loop.run_until_complete(first_model(self.provider, self.endpoint, network))
             started = time.time()
@@ -15239,12 +18898,13 @@ class Session:
             close_loop(self.loop)
             self.stamps.close()
 
-    def _try_signing(self) -> None:
-        """Signs a request that is not sent: what can't be signed is one line now, not a failure of each request."""
+    def _try_signing(self, network: Network) -> None:
+        """Signs a request that is not sent: what can't be signed or written is one line now, before there are files."""
         request_id, dialect = self.config.run_id + "-0", self.provider.dialect.copy()
         prompt = Prompt(request_id, [{"role": "user", "content": "?"}])
         request = self.provider.request(prompt, self.endpoint, request_id, dialect)
-        self.provider.signed(request, time.time(), random_nonce(), "POST")
+        signed = self.provider.signed(request, time.time(), random_nonce(), "POST")
+        encode_request("POST", signed.target, signed.headers)
 
     def _show_plan(self) -> int:
         """--dry-run."""
@@ -15311,6 +18971,7 @@ class Session:
         try:
             command = shown_command(self.words)
             header = make_header(self.config, self.endpoint, self.prompts, command, started)
+            header["provider"] = self.provider.name
             earlier = find_selftest(header["host"])
             if earlier is not None:
                 header["selftest"] = earlier
@@ -15318,7 +18979,7 @@ class Session:
                 header["fit"] = dict(zip(Fit._fields, self.shape.fit))
             if self.workload.notes:
                 header["workload_notes"] = list(self.workload.notes)
-            writer.write({"llmbench": "1", "run": header})
+            writer.write({"llmbench": FORMAT, "run": header})
             for record in probes:
                 writer.write(record)
             end = self._drive(writer, directory)
@@ -15421,7 +19082,8 @@ class Session:
             self.loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
         try:
-            summary = build_outputs(directory, self.assets, warn)
+            forms = [form for form in FORMS if getattr(self.config, form)]
+            summary = build_outputs(directory, self.assets, warn, forms, self.config.lang)
         except WriteError as error:
             failure = failure or str(error)
             summary = None
@@ -15461,6 +19123,22 @@ def print_summary(summary: Mapping[str, Any], texts: Mapping[str, str], director
 def command_run(words: Sequence[str]) -> int:
     """`run`: the benchmark."""
     config = read_config(words)
+    try:
+        return run_benchmark(config, words)
+    except (UserError, WriteError, BrokenPipeError):
+        raise
+    except Exception as error:
+        if not config.provider.endswith(".py"):
+            raise
+        secrets = [config.token, config.auth_key, config.auth_secret, *config.auth_opt.values()]
+        secrets += [line.partition(":")[2].strip() for line in config.header]
+        known = [spelling for secret in secrets if len(secret) > 3 for spelling in spellings(secret)]
+        failed = redact(where_it_failed(error, config.provider), known)
+        raise UserError("--provider %s: %s" % (config.provider, failed)) from None
+
+
+def run_benchmark(config: Config, words: Sequence[str]) -> int:
+    """The benchmark that a configuration describes; returns the exit status."""
     if config.out is not None:
         check_directory(config.out)
     make_provider(config)
@@ -15522,50 +19200,211 @@ def warn_without_token(config: Config, endpoint: Endpoint, auth: Auth) -> None:
     """Says that requests go out without authorization, unless the endpoint is this host itself."""
     named = any(line.lower().startswith(("authorization:", "api-key:", "x-api-key:")) for line in config.header)
     local = is_loopback(endpoint.host)
-    if auth.name == "none" and not (config.auth or endpoint.userinfo or named or local):
+    if type(auth) is Auth and not (config.auth or endpoint.userinfo or named or local):
         warn("warning: no token; give --token or set LLMBENCH_TOKEN if the endpoint needs one")
+
+
+# What `check` takes of `run`'s flags: all that say where to, which way, as whom and in which dialect.
+CHECK_FLAGS = (
+    "url", "provider", "provider-file", "model", "token", "auth", "auth-key", "auth-secret", "auth-opt", "no-stream",
+    "max-tokens-field", "think-tags", "timeout", "connect-timeout", "ttft-timeout",
+    "idle-timeout", "insecure", "ca-cert", "client-cert", "client-key", "server-name", "resolve", "proxy", "header",
+    "body", "end-optional", "lang",
+)  # fmt: skip
+
+
+def check_parser() -> ArgumentParser:
+    """The parser of `check`: the flags of `run` that have to do with the endpoint, and two of its own."""
+    parser = ArgumentParser(
+        prog="llmbench check", formatter_class=argparse.RawDescriptionHelpFormatter, description=command_check.__doc__,
+        epilog="exit status: 0 usable, 2 usage, 3 not usable",
+    )  # fmt: skip
+    add_flags(parser, (FLAGS[name] for name in CHECK_FLAGS))
+    parser.add_argument("--json", "-json", action="store_true", help="one JSON document instead of lines")
+    parser.add_argument("--explain", "-explain", action="store_true",
+                        help="print what is signed, step by step, and the headers as they are sent, secrets masked")
+    return parser
+
+
+# Where the command of a run takes a secret from that was written out.
+SOURCES = {"token": "LLMBENCH_TOKEN", "auth-key": "LLMBENCH_AUTH_KEY", "auth-secret": "LLMBENCH_AUTH_SECRET"}
+
+
+def sourced_words(words: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """A check's words as a run takes them, with secrets that were written out taken from variables: which ones."""
+    kept, variables, flag = [], [], ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        bare = name.lstrip("-") if name.startswith("-") and not flag else ""
+        if bare in ("json", "explain"):
+            continue
+        secret, text = (flag, word) if flag else (bare, value) if equals else ("", "")
+        flag = bare if bare in SECRET_FLAGS and not equals else ""
+        if secret in SOURCES and not re.match(r"^(env|file|cmd):", text):
+            variables.append("$" + SOURCES[secret])
+            kept.append(word[: len(word) - len(text)] + "env:" + SOURCES[secret])
+        else:
+            kept.append(word)
+    return kept, variables
+
+
+def token_source(words: Sequence[str], config: Config) -> str:
+    """Where the token came from, without the token."""
+    if "token" not in config.given:
+        return "$LLMBENCH_TOKEN" if os.environ.get("LLMBENCH_TOKEN", "").strip() else "$OPENAI_API_KEY"
+    text = check_parser().parse_all(words).token
+    return "--token " + text if re.match(r"^(env|file|cmd):", text) else "--token"
+
+
+def command_check(words: Sequence[str]) -> int:
+    """`check`: what a run would meet at an endpoint, found out with at most five requests."""
+    parsed = vars(check_parser().parse_all(words))
+    as_json, explain = parsed.pop("json"), parsed.pop("explain")
+    config = make_config(parsed)
+    replace_headers([], config.header)
+    texts = load_texts(load_assets(), config.lang)
+    if not config.url.startswith("mock:"):
+        return run_check(config, config.url, words, as_json, explain, texts)
+    with MockProcess(mock_flags(config.url)) as mock:
+        return run_check(config, mock.url, words, as_json, explain, texts)
+
+
+def run_check(
+    config: Config, url: str, words: Sequence[str], as_json: bool, explain: bool, texts: Mapping[str, str]
+) -> int:  # fmt: skip
+    """The check, told as it goes; the exit status."""
+    provider = make_provider(config)
+    config.stream = provider.streams
+    endpoint = parse_url(url, provider)
+    check_way(endpoint, config)
+    findings: List[Finding] = []
+    paint = Paint(sys.stdout)
+
+    def hide(text: str) -> str:
+        return redact(text, secrets_of(config, endpoint))  # tokens that were fetched meanwhile, too
+
+    def tell(finding: Finding) -> None:
+        findings.append(finding)
+        if not as_json:
+            print("\n".join(finding_lines(finding, texts, paint, hide)), flush=True)
+
+    if not as_json:
+        print(check_text(texts, "title", url=printable(hide(endpoint.url))) + "\n", flush=True)
+    loop, poll = new_loop()
+    keeper = wake_kernel_stamps()
+    try:
+        preflight = Preflight(config, provider, endpoint, poll, token_source(words, config), tell)
+        loop.run_until_complete(preflight.run())
+    finally:
+        close_loop(loop)
+        keeper.close()
+    explained = preflight.explain() if explain else None
+    kept, variables = sourced_words(words)
+    command = hide(shown_command([*kept, *found_flags(preflight, findings)]))
+    notes = [check_text(texts, "command.secrets", names=", ".join(variables))] if variables else []
+    notes += [check_text(texts, "command.masked")] if "***" in command else []
+    if as_json:
+        document = check_document(preflight, findings, command, notes, texts, hide)
+        if explained is not None:
+            document["explained"] = explain_json(explained, hide)
+        print(json.dumps(document, ensure_ascii=False, indent=1))
+    else:
+        lines = explain_lines(explained, texts, hide) if explained is not None else []
+        print("\n".join(lines + closing_lines(preflight, findings, command, notes, texts)))
+    return EXIT_NO_SUCCESS if count_states(findings)["failed"] else EXIT_OK
+
+
+def add_form_arguments(parser: ArgumentParser) -> None:
+    """The flags that `report` and `merge` share with `run`."""
+    for form in FORMS:
+        parser.add_argument("--" + form, "-" + form, action="store_true", help=FLAGS[form].meaning)
+    parser.add_argument("--lang", "-lang", type=read_argument(FLAGS["lang"]), metavar="LANG",
+                        help="language of the terminal and of summary.md: en or zh")
+
+
+def rebuild(directory: str, given: argparse.Namespace) -> Dict[str, Any]:
+    """Every file of a directory again from its results.jsonl, and the summary on the terminal; raises WriteError."""
+    assets, language = load_assets(), given.lang or language_of_locale()
+    summary = build_outputs(directory, assets, warn, [form for form in FORMS if getattr(given, form)], language)
+    print_summary(summary, load_texts(assets, language), directory)
+    return summary
 
 
 def command_report(words: Sequence[str]) -> int:
     """`report DIR`: results.csv, summary.json and report.html again, from results.jsonl alone."""
     parser = ArgumentParser(prog="llmbench report", description=command_report.__doc__)
-    parser.add_argument("directory", metavar="DIR", help="a directory that a run left")
-    parser.add_argument(
-        "--lang", type=read_argument(FLAGS["lang"]), metavar="LANG", help="language of the terminal: en or zh"
-    )
+    parser.add_argument("place", metavar="DIR", help="a directory that a run left, or an archive that `pack` made")
+    parser.add_argument("--out", "-out", metavar="DIR", help="of an archive: where it is opened; a new directory "
+                        "(default: named as the archive, here)")
+    add_form_arguments(parser)
     given = parser.parse_all(words)
-    if not os.path.isfile(os.path.join(given.directory, RESULTS)):
-        raise UserError("%s holds no %s; name a directory that a run left" % (given.directory, RESULTS))
-    assets = load_assets()
+    path = results_path(given.place)
+    archived = path == given.place
+    if not archived and given.out:
+        raise UserError("--out is for an archive; a directory's files are built where they are")
+    directory = given.out or (archive_stem(path) if archived else given.place)
     try:
-        summary = build_outputs(given.directory, assets, warn)
+        if archived:
+            unpack_run(path, directory)
+        rebuild(directory, given)
     except WriteError as error:
         sys.stderr.write("llmbench: error: %s\n" % error)
         return EXIT_WRITE
-    print_summary(summary, load_texts(assets, given.lang or language_of_locale()), given.directory)
     return EXIT_OK
+
+
+def archive_stem(path: str) -> str:
+    """The name of an archive without its endings, in the working directory."""
+    name = os.path.basename(path)
+    stem = re.sub(r"(?i)(\.tar)?\.t?gz$", "", name)
+    return stem if stem and stem != name else name + ".opened"
 
 
 def command_merge(words: Sequence[str]) -> int:
     """`merge DIR… --out DIR`: joins the shards of one run exactly, from their records, into a new directory."""
     parser = ArgumentParser(prog="llmbench merge", description=command_merge.__doc__)
-    parser.add_argument("directories", metavar="DIR", nargs="+", help="a directory that `run --shard` left")
-    parser.add_argument("--out", "-out", metavar="DIR", help="where the four files go; never overwrites results")
-    parser.add_argument(
-        "--lang", type=read_argument(FLAGS["lang"]), metavar="LANG", help="language of the terminal: en or zh"
-    )
+    parser.add_argument("directories", metavar="DIR", nargs="+",
+                        help="a directory that `run --shard` left, or an archive of one")
+    parser.add_argument("--out", "-out", metavar="DIR", help="where the files go; never overwrites results")
+    add_form_arguments(parser)
     given = parser.parse_all(words)
     if not given.out:
         raise UserError("--out is needed; name a new directory for the merged run")
-    assets = load_assets()
     try:
         merge_shards(given.directories, given.out, warn)
-        summary = build_outputs(given.out, assets, warn)
+        return status_of(rebuild(given.out, given))
     except WriteError as error:
         sys.stderr.write("llmbench: error: %s\n" % error)
         return EXIT_WRITE
-    print_summary(summary, load_texts(assets, given.lang or language_of_locale()), given.out)
-    return status_of(summary)
+
+
+def command_pack(words: Sequence[str]) -> int:
+    """`pack DIR`: one archive of a run that `report` opens again: records, configuration, host, checksums."""
+    parser = ArgumentParser(prog="llmbench pack", description=command_pack.__doc__)
+    parser.add_argument("place", metavar="DIR", help="a directory that a run left, or an archive of one")
+    parser.add_argument("--out", "-out", metavar="FILE",
+                        help="the archive; never overwrites one (default: DIR.tar.gz, redacted DIR-redacted.tar.gz)")
+    parser.add_argument("--redact", "-redact", action="store_true",
+                        help="put names in place of hosts, addresses, prompts and texts; no figure changes")
+    given = parser.parse_all(words)
+    path = results_path(given.place)
+    stem = archive_stem(path) if path == given.place else os.path.abspath(given.place)
+    out = given.out or stem + "-redacted" * given.redact + ".tar.gz"
+    if os.path.exists(out):
+        raise UserError("%s is there already; name another file with --out" % out)
+    if not os.access(os.path.dirname(os.path.abspath(out)), os.W_OK | os.X_OK):
+        raise UserError("--out %s cannot be written to; name another file" % out)
+    try:
+        replaced = pack_run(given.place, out, given.redact, warn)
+    except WriteError as error:
+        sys.stderr.write("llmbench: error: %s\n" % error)
+        return EXIT_WRITE
+    texts = load_texts(load_assets(), language_of_locale())
+    if given.redact:
+        print(texts["terminal.replaced"].format(**{kind: replaced.get(kind, 0) for kind in (
+            "host", "address", "prompt", "text", "other")}))
+    print("%s  %s" % (texts["terminal.archive"], os.path.relpath(out) if given.out is None else out))
+    return EXIT_OK
 
 
 def compare_parser() -> ArgumentParser:
@@ -15577,7 +19416,7 @@ def compare_parser() -> ArgumentParser:
         "--fail-if also 3 a run has no successful request, 4 a run is INVALID: nothing is judged",
     )  # fmt: skip
     parser.add_argument("directories", metavar="DIR", nargs="+",
-                        help="a directory that a run left; the first is what the others are compared with")
+                        help="a directory that a run left, or an archive; the others are compared with the first")
     parser.add_argument("--out", "-out", default="compare.html", metavar="FILE",
                         help="the page (default: compare.html); replaces an older comparison and no other file")
     parser.add_argument("--fail-if", "-fail-if", action="append", default=[], metavar="CHANGE",
@@ -15637,13 +19476,82 @@ def command_compare(words: Sequence[str]) -> int:
 
 
 def command_providers(words: Sequence[str]) -> int:
-    """`providers`: the registered providers and what each expects."""
-    ArgumentParser(prog="llmbench providers", description=command_providers.__doc__).parse_all(
-        words
-    )
-    for name, provider in sorted(PROVIDERS.items()):
-        print("%-12s %s" % (name, provider.summary))
+    """`providers`: the registered providers and what each expects; with a NAME, the details of one."""
+    parser = ArgumentParser(prog="llmbench providers", description=command_providers.__doc__)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a provider, an example, or a .json or .py file")
+    parser.add_argument("--json", action="store_true", help="print the file that declares NAME, to copy and change")
+    given = parser.parse_all(words)
+    if given.name is None:
+        if given.json:
+            raise UserError("--json needs the NAME of a provider that a file declares; `llmbench providers` lists them")
+        for line in provider_lines():
+            print(line)
+        return EXIT_OK
+    if given.json:
+        print(declared_source(given.name).decode("utf-8").rstrip())
+        return EXIT_OK
+    for line in provider_details(given.name):
+        print(line)
     return EXIT_OK
+
+
+def provider_lines() -> Iterator[str]:
+    """A line for each provider and example."""
+    names = sorted(PROVIDERS)
+    width = max(map(len, [*names, *EXAMPLES]))
+    for name in names:
+        provider = bare_provider(name)
+        yield "%s  %s%s" % (name.ljust(width), provider.summary, " [untested]" * provider.untested)
+    yield ""
+    for name in EXAMPLES:
+        yield "%s  %s" % (name.ljust(width), bare_provider(name).summary)
+    yield ""
+    yield "[untested]: it follows the vendor's documentation and has not been tried on a live endpoint."
+    yield "The second list is of examples to copy. An endpoint of your own: --provider FILE.json, or FILE.py."
+    yield "`llmbench providers NAME` prints what one expects, and `providers NAME --json` the file that declares it."
+
+
+def bare_provider(name: str) -> Provider:
+    """A provider to look at, without what a run gives it: a stand-in for each option that it needs."""
+    form = form_of(name)
+    if form is None:
+        return make_provider(Config(provider=name))
+    bare = form._replace(auth_options={**dict.fromkeys(form.option_names, ""), **form.auth_options}, exchange=None)
+    kept = {known for known in form.names if not known.startswith("env:")}
+    bare = bare._replace(names=frozenset(kept), sign=None, secrets=frozenset())
+    return DeclaredProvider(bare, Config(provider=name))
+
+
+def declared_source(name: str) -> bytes:
+    """The file that declares a provider; raises UserError for one that is code."""
+    if name.endswith(".json"):
+        return read_provider_file(name)
+    if name in DECLARED or name in EXAMPLES:
+        return builtin_source(name)
+    make_provider(Config(provider=name))
+    raise UserError("provider %s is code; `llmbench providers` says which are files" % name)
+
+
+def provider_details(name: str) -> Iterator[str]:
+    """What a provider expects, a line each."""
+    provider, form = bare_provider(name), form_of(name)
+    scheme = form.auth if form is not None else type(provider).auth
+    auth = AUTHS[scheme]
+    rows = [
+        ("provider", provider.name), ("", provider.summary), ("path", provider.path),
+        ("path without stream", provider.whole_path), ("models", provider.models or "no list: --model is needed"),
+        ("auth", "%s: %s" % (scheme, auth.summary)),
+        ("options", ", ".join(sorted({*auth.options, *provider.auth_options, *provider.option_names}))),
+        ("end", " or ".join(filter(None, (provider.end, "a clean end of the body" * (not provider.end_required))))),
+        ("given up if refused", ", ".join([*provider.optional, *provider.exact])),
+        ("declared by", "a file: `llmbench providers %s --json`" % name if form is not None else "code"),
+        ("untested", "it follows the documentation and has not been tried on a live endpoint" * provider.untested),
+    ]  # fmt: skip
+    if not provider.needs_model:
+        rows[4] = ("models", "its requests name none")
+    for label, text in rows:
+        if text:
+            yield "%-20s %s" % (label, text)
 
 
 def command_mock(words: Sequence[str]) -> int:
@@ -15687,8 +19595,10 @@ def command_selftest(words: Sequence[str]) -> int:
 
 COMMANDS: Dict[str, Tuple[Callable[[Sequence[str]], int], str]] = {
     "run": (command_run, "the benchmark (the default)"),
+    "check": (command_check, "what a run would meet: network, TLS, token, model, stream; the command to run"),
     "report": (command_report, "build summary.json, results.csv and report.html again from results.jsonl alone"),
     "compare": (command_compare, "set runs side by side: what differs in the set-up, and in every figure"),
+    "pack": (command_pack, "put a run in one archive that `report` opens again; --redact takes hosts and texts out"),
     "merge": (command_merge, "join the shards of one run, from their records, into a new directory"),
     "selftest": (command_selftest, "what this host can measure: the tool's own error and capacity"),
     "mock": (command_mock, "the built-in mock LLM server"),
@@ -15739,7 +19649,8 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return status
     except UserError as error:
-        sys.stderr.write("llmbench: error: %s\n" % error)
+        line = CONTROL.sub(" ", str(error))  # a file's name or a mistyped value may have any length and form
+        sys.stderr.write("llmbench: error: %s\n" % (line if len(line) <= 2000 else line[:1500] + " … " + line[-200:]))
         return EXIT_USAGE
     except BrokenPipeError:  # `llmbench … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -135,20 +135,30 @@ Behaviour = Callable[[Peer, Request], None]
 
 
 class Server:
-    """Listens on loopback and answers as `behave` says; `greet(peer, connection)` comes before the first request."""
+    """Listens on loopback and answers as `behave` says; `greet(peer, connection)` comes before the first request.
 
-    def __init__(self, behave: Behaviour, tls: ssl.SSLContext | None = None, greet: Any = None) -> None:
+    address: another one to listen at: the path of a Unix socket, or an IPv6 address.
+    """
+
+    def __init__(
+        self, behave: Behaviour, tls: ssl.SSLContext | None = None, greet: Any = None, address: str = "127.0.0.1"
+    ) -> None:
         self.behave, self.tls, self.greet = behave, tls, greet
         self.requests: list[Request] = []
         self.peers: list[Peer] = []
         self.in_flight = self.most_in_flight = 0
         self.complaints: list[BaseException] = []
         self._lock = threading.Lock()
-        self.listener = socket.socket()
-        self.listener.bind(("127.0.0.1", 0))
+        family = socket.AF_UNIX if "/" in address else socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.listener = socket.socket(family)
+        self.listener.bind(address if family == socket.AF_UNIX else (address, 0))
         self.listener.listen(1024)
-        self.port = self.listener.getsockname()[1]
-        self.url = "%s://127.0.0.1:%d" % ("https" if tls else "http", self.port)
+        if family == socket.AF_UNIX:
+            self.port, self.url = 0, "unix:" + address
+        else:
+            self.port = self.listener.getsockname()[1]
+            host = "[%s]" % address if ":" in address else address
+            self.url = "%s://%s:%d" % ("https" if tls else "http", host, self.port)
 
     def __enter__(self) -> Server:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -182,7 +192,8 @@ class Server:
 
     def _serve(self, plain: socket.socket) -> None:
         try:
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if plain.family != socket.AF_UNIX:
+                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock = self.tls.wrap_socket(plain, server_side=True) if self.tls else plain
             peer = Peer(sock, sock)
             with self._lock:
@@ -243,10 +254,10 @@ def says(data: bytes, then: str = "") -> Behaviour:
 
 
 @contextlib.contextmanager
-def full_listener() -> Iterator[int]:
+def full_listener(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
     """The port of a listener whose backlog is full: a connection to it is neither taken nor refused."""
     with socket.socket() as listener, contextlib.ExitStack() as waiting:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((address, port))
         listener.listen(0)
         for _ in range(8):
             filler = waiting.enter_context(socket.socket())

@@ -125,8 +125,10 @@ SET_BY = {
     "insecure": (None, True), "ca-cert": ("ca.pem", "ca.pem"), "header": ("K: V", ["K: V"]),
     "body": ('{"a":1}', {"a": 1}),
     "end-optional": (None, True), "count-connect": (None, True), "record-chunks": (None, True), "out": ("o", "o"),
+    "markdown": (None, True), "junit": (None, True),
     "seed": ("42", 42), "processes": ("3", 3),
     "progress": ("lines", "lines"), "lang": ("zh", "zh"), "no-unique": (None, False),
+    "no-stream": (None, False), "provider-file": ("gw.json", "gw.json"),
 }  # fmt: skip
 
 
@@ -135,7 +137,7 @@ NEEDS = {  # flags that say nothing without another
     "shard": ["--start-at", "2999-01-01T00:00:00Z", "--concurrency", "4"],
 }  # fmt: skip
 # What a flag changes beside its own value.
-DRAGS = {"rps": {"concurrency"}}
+DRAGS = {"rps": {"concurrency"}, "provider-file": {"provider"}}
 
 
 def test_every_flag_is_tried_here():
@@ -147,7 +149,7 @@ def test_every_flag_changes_the_configuration(name):
     text, value = SET_BY[name]
     words = [f"--{name}"] if text is None else [f"--{name}", text]
     needed = NEEDS.get(name, [])
-    field = "unique" if name == "no-unique" else name.replace("-", "_")
+    field = name[3:] if name.startswith("no-") else name.replace("-", "_")
     default, given = vars(config_of(*needed)), vars(config_of(*needed, *words))
     assert given[field] == value != default[field]
     changed = {key for key in given if given[key] != default[key]} - {"run_id", "given"}
@@ -394,6 +396,30 @@ def test_every_python_refuses_guesses_and_echoes_nothing(version):
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
+def test_keys_and_secret_options_say_where_they_are_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "k1")
+    (tmp_path / "sk").write_text("s1\n")
+    config = config_of("--auth-key", "env:MY_KEY", "--auth-secret", f"file:{tmp_path}/sk", "--auth-opt",
+                       "session-token=cmd:echo t1", "--auth-opt", "key-header=cmd:x")  # fmt: skip
+    assert (config.auth_key, config.auth_secret) == ("k1", "s1")
+    assert config.auth_opt == {"session-token": "t1", "key-header": "cmd:x"}
+    assert config_of("--token", "cmd:echo t").token_source == "cmd:echo t"
+    assert config_of("--token", "env:MY_KEY").token_source == ""
+
+
+@pytest.mark.parametrize("words,said", [
+    (["--auth-secret", "env:NOT_SET"], "--auth-secret env:NOT_SET: that variable is not set"),
+    (["--auth-opt", "session-token=env:NOT_SET"], "--auth-opt session-token env:NOT_SET: that variable is not set"),
+    (["--auth-opt", "header"], "--auth-opt needs NAME=VALUE"),
+    (["--auth-opt", f"={SECRET}"], "--auth-opt needs NAME=VALUE"),
+    (["--auth-opt", "a=1", "--auth-opt", "a=2"], "--auth-opt a is given twice"),
+])  # fmt: skip
+def test_what_is_no_key_or_option_is_one_line(words, said):
+    with pytest.raises(llmbench.UserError) as caught:
+        config_of(*words)
+    assert said in str(caught.value) and SECRET not in str(caught.value)
+
+
 def test_a_token_is_itself_or_says_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", f" {SECRET}\n")
     path = tmp_path / "token"
@@ -482,6 +508,14 @@ def test_the_environments_token_is_stripped(monkeypatch, end):
     (["--url", f"https://u:{SECRET}@h/v1?api-key={SECRET}&x=1"], "--url 'https://***@h/v1?api-key=***&x=1'"),
     ([f"--url=https://h/v1?key={SECRET}"], "'--url=https://h/v1?key=***'"),
     (["--workload-file", "--token", "--seed", "1"], "--workload-file --token '***' 1"),  # errs towards hiding
+    (["--auth-secret", SECRET], "--auth-secret '***'"),
+    ([f"--auth-key={SECRET}"], "'--auth-key=***'"),
+    (["--auth-secret", "file:/run/secret"], "--auth-secret file:/run/secret"),
+    (["--auth-opt", f"session-token={SECRET}"], "--auth-opt 'session-token=***'"),
+    (["--auth-opt", "session-token=env:STS"], "--auth-opt session-token=env:STS"),
+    (["--auth-opt", "signature-header=X-Sign"], "--auth-opt signature-header=X-Sign"),
+    ([f"--auth-opt=exchange-url=http://h/t?client_secret={SECRET}"],
+     "'--auth-opt=exchange-url=http://h/t?client_secret=***'"),
 ])  # fmt: skip
 def test_the_command_can_be_given_again_and_shows_no_secret(words, shown):
     assert llmbench.shown_command(words) == f"llmbench.pyz run {shown}"
@@ -572,6 +606,58 @@ def test_both_programs_refuse_alike(programs, tmp_path, name):
     check_mistake([*programs, "run"], tmp_path, words, said)
 
 
+CODE = "import llmbench\nclass Acme(llmbench.Provider):\n    "
+FAILING_CODE = {
+    "constructor": "def __init__(self, config):\n        raise ValueError('for ' + config.token)",
+    "other constructor": "def __init__(self):\n        pass",
+    "body": "def body(self, prompt, dialect):\n        return 1 / 0",
+    "no JSON": "def body(self, prompt, dialect):\n        return {'a': {1}}",
+    "request": "def request(self, *given):\n        raise KeyError(self.config.token)",
+    "path": "path = 5",
+}
+
+
+@pytest.mark.parametrize("name", FAILING_CODE)
+def test_a_provider_with_code_that_fails_is_one_line(tmp_path, capsys, name):
+    file = tmp_path / "acme.py"
+    file.write_text(CODE + FAILING_CODE[name] + "\n", "utf-8")
+    words = ["--url", "http://127.0.0.1:9", "--model", "m", "--token", "hunter2hunter2", "--provider", str(file)]
+    status, out, error = run_main(capsys, "run", *words, "--no-unique", "--dry-run")
+    assert (status, error.count("\n")) == (2, 1)
+    assert error.startswith("llmbench: error: --provider ") and "hunter2" not in error + out
+
+
+def test_a_secret_that_a_file_takes_from_the_environment_is_not_shown(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "acme.json"
+    headers = {"X-Pass": "${env:ACME_SECRET}", "X-T": "${env:TEAM}"}
+    form = {"body": {"q": "${prompt}"}, "text": ["t"], "headers": headers}
+    file.write_text(json.dumps(form), "utf-8")
+    monkeypatch.setenv("ACME_SECRET", "hunter2hunter2")
+    monkeypatch.setenv("TEAM", "blue-team")
+    words = ["--url", "http://127.0.0.1:9", "--provider", str(file), "--dry-run"]
+    status, out, error = run_main(capsys, "run", *words)
+    assert status == 0 and "X-T: blue-team" in out and "hunter2" not in out + error, error
+
+
+def test_a_header_that_cannot_be_written_leaves_nothing_behind(tmp_path, capsys):
+    words = ["--url", "http://127.0.0.1:9", "--model", "m", "--token", "t", "--header", "X-Team: \u65e5"]
+    status, out, error = run_main(capsys, "run", *words, "--proxy", "none", "--out", str(tmp_path / "out"))
+    assert (status, out, error.count("\n")) == (2, "", 1) and "latin-1" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_body_that_is_nested_too_deeply_is_one_line(capsys):
+    status, _, error = run_main(capsys, "run", "--url", "mock:", "--body", '{"a":' * 5000 + "1" + "}" * 5000)
+    assert (status, error.count("\n")) == (2, 1) and "--body" in error
+
+
+def test_a_control_character_or_a_long_value_is_one_line_too(capsys):
+    for name in ("a\nb.json", "x" * 5000 + ".json"):
+        status, _, error = run_main(capsys, "run", "--url", "http://127.0.0.1:9", "--provider", name)
+        assert (status, error.count("\n")) == (2, 1)
+        assert len(error) < 2100
+
+
 def test_without_a_command_flags_are_runs(tmp_path):
     words, said = MISTAKES["workload missing"]
     check_mistake([sys.executable, str(ROOT / "llmbench.py")], tmp_path, words, said)
@@ -631,7 +717,10 @@ def test_the_version(capsys, word):
 def test_providers_are_listed(capsys):
     status, out, err = run_main(capsys, "providers")
     assert (status, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == sorted(llmbench.PROVIDERS)
+    listed, examples, notes = ([line.split() for line in part.splitlines()] for part in out.split("\n\n"))
+    assert [words[0] for words in listed] == sorted(llmbench.PROVIDERS)
+    assert [words[0] for words in examples] == list(llmbench.EXAMPLES)
+    assert notes[0][0] == "[untested]:" and len(notes) == 3
 
 
 @pytest.mark.parametrize("locale,language", [
@@ -760,6 +849,14 @@ def test_no_password_reaches_a_file_or_the_terminal(echo, tmp_path):
     shown = echoed_run(echo, tmp_path / "out", user=f"ann:{SECRETS['password']}@")
     assert leaks(shown) == []
     assert not re.search(r"Basic [A-Za-z0-9+/=]{8}", shown["results.jsonl"])
+
+
+def test_no_secret_of_a_scheme_reaches_a_file_or_the_terminal(echo, tmp_path):
+    options = ["--auth-opt", f"session-token={SECRET}1", "--auth-opt", "signed=host;x-date;x-security-token"]
+    secrets = ["--auth-key", f"{SECRET}2", "--auth-secret", f"{SECRET}3/=+"]
+    shown = echoed_run(echo, tmp_path / "out", "--auth", "volc-v4", *secrets, *options)
+    assert [place for place, text in shown.items() if SECRET in text] == []
+    assert leaks(shown) == []
 
 
 def test_no_secret_of_the_body_reaches_a_file_or_the_terminal(echo, tmp_path):

@@ -7,7 +7,6 @@ import contextlib
 import select
 import shutil
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import time
 import types
 
 import pytest
+from certificates import Authority
 from servers import (
     HELLO,
     PATIENCE,
@@ -106,58 +106,6 @@ def fail_to_open(url, **given):
 
 
 # Certificates.
-
-CERTIFICATES = """
-[req]
-distinguished_name = name
-prompt = no
-[name]
-CN = llmbench test
-[ca]
-basicConstraints = critical, CA:TRUE
-keyUsage = critical, keyCertSign, cRLSign
-subjectKeyIdentifier = hash
-[leaf]
-basicConstraints = CA:FALSE
-keyUsage = critical, digitalSignature, keyEncipherment
-extendedKeyUsage = serverAuth
-subjectKeyIdentifier = hash
-authorityKeyIdentifier = keyid
-subjectAltName = IP:127.0.0.1, DNS:localhost
-[elsewhere]
-basicConstraints = CA:FALSE
-subjectKeyIdentifier = hash
-authorityKeyIdentifier = keyid
-subjectAltName = DNS:elsewhere.example
-"""
-
-
-class Authority:
-    """A certificate authority of our own, and what it signed."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        self.settings = directory / "openssl.cnf"
-        self.settings.write_text(CERTIFICATES)
-        self.certificate = directory / "ca.pem"
-        self.openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-extensions", "ca",
-                     "-keyout", directory / "ca.key", "-out", self.certificate)  # fmt: skip
-
-    def openssl(self, command, *words):
-        config = ["-config", self.settings] if command == "req" else []
-        words = ["openssl", command, *config, *words]
-        subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def server_side(self, extensions="leaf"):
-        """The TLS context of a server whose certificate has these extensions."""
-        key, request, signed = (self.directory / (extensions + ending) for ending in (".key", ".csr", ".pem"))
-        self.openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request)
-        self.openssl("x509", "-req", "-in", request, "-CA", self.certificate, "-CAkey", self.directory / "ca.key",
-                     "-set_serial", "7", "-days", "2", "-extfile", self.settings, "-extensions", extensions,
-                     "-out", signed)  # fmt: skip
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(str(signed), str(key))
-        return context
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from llmbench import (
     RAW_LIMIT,
     STATUSES,
     Config,
+    Decoder,
     Exchange,
     Provider,
     bucket_ms,
@@ -569,7 +570,7 @@ ENDINGS = [
     Ending("404", lambda: whole({"detail": "Not Found"}, "404 Not Found"), "http_error", "HTTP 404: Not Found", True),
     Ending("502", lambda: whole(HTML, "502 Bad Gateway"), "http_error", "HTTP 502: 502 Bad Gateway nginx", True),
     Ending("503, empty", lambda: whole(b"", "503 "), "http_error", "HTTP 503", True),
-    Ending("SSE-framed 400", lambda: whole(ERROR, "400 Bad Request"), "http_error", "HTTP 400: data: {", True),
+    Ending("SSE-framed 400", lambda: whole(ERROR, "400 Bad Request"), "http_error", "HTTP 400: 500: boom", True),
     Ending(
         "redirect",
         lambda: whole(b"", "307 T", "Location: https://h/x"),
@@ -1040,3 +1041,27 @@ def test_an_event_of_any_size_is_kept_in_64_kib(data: bytes) -> None:
 @pytest.mark.parametrize("data", ["好".encode() * 50000, b"\xff" * 200000], ids=["CJK", "not UTF-8"])
 def test_an_event_in_other_letters_is_kept_in_64_kib(data: bytes) -> None:
     assert len(event_text(("message", data)).encode()) <= RAW_LIMIT
+
+
+class FailingDecoder(Decoder):
+    """A user's code that did not expect this event."""
+
+    def frames(self, event: Any) -> List[Any]:
+        return [{}["tokens"]]
+
+    def whole(self, message: Any) -> List[Any]:
+        return [{}["tokens"]]
+
+
+@pytest.mark.parametrize("body", [b'data: {"a":1}\n\n', b'{"a":1}'])
+def test_code_of_a_users_that_fails_is_a_parse_error(body: bytes) -> None:
+    class Failing(Provider):
+        def decoder(self) -> Decoder:
+            return FailingDecoder()
+
+    done: List[int] = []
+    exchange = Exchange(Failing(Config(model="m")), {}, lambda: done.append(1))
+    exchange.received(TO_CLOSE + body, START, START, START, 1, True)
+    exchange.lost(True, "connection closed")
+    assert (exchange.status, exchange.err) == ("parse_error", "the provider's code failed: KeyError: 'tokens'")
+    assert done == [1]

@@ -748,6 +748,49 @@ def test_a_text_that_is_not_plain_ends_no_run_it_prevents_it(word: str) -> None:
     assert check_run(taught(SSEParser, [text("a")]), SSEParser, wire) == 0
 
 
+def declared(**form: Any) -> llmbench.Form:
+    """A provider that a file declares."""
+    return llmbench.parse_form(json.dumps({"body": {"q": "${prompt}"}, "text": ["t"], **form}).encode(), "gw.json")
+
+
+def test_an_end_by_the_beginning_of_its_data_is_seen_behind_texts() -> None:
+    decoder = llmbench.DeclaredDecoder(declared(end=[{"data": '{"t":"STOP'}]).reading)
+    assert decoder.frames(("message", b'{"t":"a"}')) == [content("a")]
+    assert decoder.plain(b'{"t":"STOP"}') == b""
+    assert decoder.frames(("message", b'{"t":"STOP"}'))[-1].kind == "end"
+
+
+def test_a_text_that_is_left_out_teaches_nothing() -> None:
+    decoder = llmbench.DeclaredDecoder(declared(event="e", text_events=["piece", "all"]).reading)
+    assert decoder.frames(("message", b'{"e":"piece","t":"Hi"}')) == [content("Hi")]
+    for _ in range(2):  # the whole text so far, again
+        whole = b'{"e":"all","t":"Hi"}'
+        assert decoder.plain(whole) == b""
+        assert decoder.frames(("message", whole)) == [META]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b'{"text":["\\ud800"],"body":{}}', "half of a surrogate pair"),
+        (b'{"text":["t"],"body":{"\\udfff":1}}', "half of a surrogate pair"),
+        (b'{"text":["t"],"body":' + b'{"a":' * 500 + b"1" + b"}" * 501, "nested too deeply"),
+        (b'{"text":["t"],"body":{"a":' + b"[" * 500 + b"]" * 500 + b"}}", "nested too deeply"),
+        (b'{"text":["t"],"body":{"a":NaN}}', "is not JSON"),
+    ],
+)
+def test_what_a_file_may_not_hold_is_one_line(data: bytes, said: str) -> None:
+    with pytest.raises(UserError, match="^gw.json .*" + said) as caught:
+        llmbench.parse_form(data, "gw.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("test", [{"equals": {"t": "STOP"}}, {"not_equals": [1]}, {"in": [1, {}]}, {"not_in": [[]]}])
+def test_a_rule_compares_no_objects(test: Any) -> None:
+    with pytest.raises(UserError, match="write the path down to one"):
+        declared(end=[{"path": "d", **test}])
+
+
 def test_what_was_learnt_of_several_lines_is_no_run() -> None:
     decoder, data = taught(SSEParser, [text("a")]), json.dumps(text("a"), indent=1).encode()
     line = b"data: " + encoded(text("a")) + b"\n\n"

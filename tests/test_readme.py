@@ -25,7 +25,7 @@ from conftest import ROOT
 
 README = ROOT / "README.md"
 FOUR_FILES = ["report.html", "results.csv", "results.jsonl", "summary.json"]
-OTHER_COMMANDS_FLAGS = {"--help", "--version", "--host", "--port"}
+OTHER_COMMANDS_FLAGS = {"--explain", "--fail-if", "--help", "--host", "--json", "--port", "--redact", "--version"}
 OTHER_PROGRAMS_FLAGS = {"--rm", "--network", "--user", "--platform", "--long", "--from-file"}  # not ours
 
 
@@ -101,7 +101,35 @@ def status_rows() -> list[list[str]]:
     return [["`%s`" % name, cell(meaning)] for name, meaning in llmbench.STATUSES.items()]
 
 
+def scheme_rows() -> list[list[str]]:
+    flags = {"token": "`--token`", "key": "`--auth-key`", "secret": "`--auth-secret`"}
+    return [
+        ["`%s`" % name, cell(scheme.summary), ", ".join(flags[need] for need in scheme.needs),
+         "; ".join("`%s`: %s" % (option, cell(meaning)) for option, meaning in scheme.options.items())]
+        for name, scheme in llmbench.AUTHS.items()
+    ]  # fmt: skip
+
+
+def provider_rows() -> list[list[str]]:
+    rows = []
+    for name in llmbench.PROVIDERS:
+        provider, form = llmbench.bare_provider(name), llmbench.form_of(name)
+        scheme = form.auth if form is not None else llmbench.Provider.auth
+        ends = ", ".join("`%s`" % end for end in provider.end.split(" or ")) or "a clean end of the body"
+        said = cell(provider.summary) + " *untested*" * provider.untested
+        rows.append(["`%s`" % name, said, cell("`%s`" % provider.path), "`%s`" % scheme, ends])
+    return rows
+
+
+def step_rows() -> list[list[str]]:
+    return [[cell("`%s%s`" % (name, function.form)), cell(function.says)] for name, function in FUNCTIONS]
+
+
+FUNCTIONS = llmbench.FUNCTIONS.items()
 TABLES: dict[str, Callable[[], str]] = {
+    "providers": lambda: table("provider,what it speaks,path,auth,end", provider_rows()),
+    "schemes": lambda: table("scheme,what it is,needs,options", scheme_rows()),
+    "steps": lambda: table("function,value", step_rows()),
     "flags": lambda: table("flag,default,meaning", flag_rows()),
     "mock": lambda: table("option,default,value,meaning", mock_rows()),
     "metrics": lambda: table("metric,in the report,unit,definition", metric_rows()),
@@ -131,6 +159,36 @@ def test_a_flag_that_is_named_anywhere_exists() -> None:
 
 def test_every_record_key_is_explained_in_the_order_of_the_file() -> None:
     assert first_column(section("results.jsonl")) == list(llmbench.Record.__dataclass_fields__)
+
+
+def test_the_readmes_gateway_is_the_example_and_every_key_is_explained() -> None:
+    text = section("A gateway of your own")
+    source = llmbench.builtin_source("example-signed-headers").decode("utf-8")
+    assert code_blocks(text, "json") == [source] and source.count("\n") < 40
+    asked, read = text.split("### What comes back")
+    explained = re.findall(r"`([a-z_]+)`", " ".join(re.findall(r"^\| (`[^|]*) \|", asked + read, re.MULTILINE)))
+    assert set(llmbench.FORM_KEYS) - set(explained) == set()
+    placeholders = {name.strip("${}") for name in re.findall(r"`(\$\{[a-z_]+\})`", asked)}
+    assert set(llmbench.PLACEHOLDERS) | {"key", "token"} == placeholders
+    words = {*llmbench.TESTS, *llmbench.TEXT_MODES, *llmbench.USAGE_MERGES, *llmbench.COUNTS}
+    assert set(re.findall(r"`([a-z_]+)`", read)) >= words
+
+
+def test_the_readmes_mistakes_are_told_so() -> None:
+    source = llmbench.builtin_source("example-signed-headers").decode("utf-8")
+    spoilt = [("text\": \"res", "txet\": \"res"), ("${model}", "${modle}"), (', "equals": true', "")]
+    told = []
+    for good, bad in spoilt:
+        with pytest.raises(llmbench.UserError) as refused:
+            llmbench.parse_form(source.replace(good, bad, 1).encode(), "gateway.json")
+        told.append("llmbench: error: %s\n" % refused.value)
+    assert "".join(told) in section("A gateway of your own")
+
+
+def test_what_the_readme_shows_of_a_provider_is_printed(capsys: pytest.CaptureFixture) -> None:
+    [shown] = code_blocks(section("Providers"), "console")
+    assert llmbench.main(["providers", "triton"]) == 0
+    assert shown.split("\n", 1)[1] == capsys.readouterr().out
 
 
 def test_every_fault_of_the_mock_is_explained() -> None:

@@ -13,7 +13,7 @@ from typing import Callable, Iterator, List, NamedTuple, Tuple
 
 import pytest
 
-from llmbench import NDJSONParser, ParseError, SSEParser
+from llmbench import STRAY, LooseSSEParser, NDJSONParser, ParseError, SSEParser
 
 Events = List[Tuple[str, bytes]]
 BOM = b"\xef\xbb\xbf"
@@ -215,6 +215,49 @@ def test_random_streams_agree_with_the_oracle() -> None:
         expected = by_the_letter(wire)
         for pieces in ([wire], pieces_of(wire, 1), random_pieces(wire, chance)):
             assert read_all(SSEParser(), pieces) == expected, pieces
+
+
+# What servers put beside the fields.
+
+PRETTY = b'{\n  "error": {\n    "code": 503\n  }\n}'
+BESIDE = [
+    Vector("field error", b'error: {"code":400}\n\n', [("error", b'{"code":400}')]),
+    Vector(
+        "field error without space", b'data: a\n\nerror:{"code":400}\n\n', [*message(b"a"), ("error", b'{"code":400}')]
+    ),
+    Vector(
+        "field error beside data", b'data: a\nerror: {"code":400}\n\n', [*message(b"a"), ("error", b'{"code":400}')]
+    ),
+    Vector("field error, empty", b"error: {}\n\n", []),
+    Vector("field error, no JSON", b"error: boom\n\n", []),
+    Vector("a longer name", b'errors: {"code":400}\n\n', []),
+    Vector("JSON of a line", b'data: a\n\n{"error_code":1}\n\n', [*message(b"a"), (STRAY, b'{"error_code":1}')]),
+    Vector("JSON beside data", b'data: a\n{"error_code":1}\n\n', [*message(b"a"), (STRAY, b'{"error_code":1}')]),
+    Vector(
+        "JSON of lines", b"data: a\n\n" + PRETTY + b"\n\ndata: b\n\n", [*message(b"a"), (STRAY, PRETTY), *message(b"b")]
+    ),
+    Vector("list", b"[" + PRETTY + b"\n]\n\n", [(STRAY, b"[" + PRETTY + b"\n]")]),
+    Vector("no JSON", b"{a\n\n[b\n\n", []),
+    Vector("tail", b"data: a\n\n" + PRETTY + b"\n", message(b"a"), [(STRAY, PRETTY)]),
+    Vector("tail: half of it", b"data: a\n\n" + PRETTY[:-1], message(b"a")),
+]
+
+
+@pytest.mark.parametrize("vector", BESIDE, ids=[vector.name for vector in BESIDE])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+def test_what_stands_beside_the_fields(vector: Vector, end: bytes) -> None:
+    wire = vector.wire.replace(b"\n", end)
+    for pieces in [[wire], pieces_of(wire, 1), *every_cut(wire)]:
+        parser = LooseSSEParser()
+        assert read_all(parser, pieces) == vector.events, pieces
+        assert parser.tail() == vector.tail, pieces
+
+
+@vectors
+def test_the_loose_reading_is_the_strict_one_where_nothing_stands_beside(vector: Vector) -> None:
+    for pieces in ([vector.wire], pieces_of(vector.wire, 1)):
+        loose = LooseSSEParser()
+        assert (read_all(loose, pieces), loose.tail()) == (vector.events, vector.tail)
 
 
 @pytest.mark.parametrize("mark", [b"", BOM], ids=["no mark", "byte order mark"])

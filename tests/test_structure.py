@@ -22,20 +22,20 @@ if sys.version_info < (3, 8):
 
 # Which sections may name a module, a builtin or an attribute. What is not listed is free.
 FENCES: dict[str, set[str]] = {
-    "asyncio": {"Connection", "Runner", "Processes", "Mock", "Check", "Commands"},
-    "ssl": {"Connection", "Check"},
-    "socket": {"Connection", "Artifacts", "Mock", "Check"},  # Artifacts: which host and address this is
+    "asyncio": {"Connection", "Runner", "Processes", "Mock", "Probes", "Check", "Commands"},
+    "ssl": {"Connection", "Probes", "Check"},
+    "socket": {"Connection", "Artifacts", "Mock", "Probes", "Check"},  # Artifacts: which host and address this is
     "selectors": {"Connection", "Mock"},
     "multiprocessing": {"Processes", "Mock", "Commands"},
     "signal": {"Processes", "Mock", "Commands"},
-    "subprocess": {"Runner", "Mock", "Check", "Commands"},  # Runner: the command that prints a token
+    "subprocess": {"Runner", "Mock", "Probes", "Check", "Commands"},  # Runner: the command that prints a token
     "argparse": {"Mock", "Commands"},
     "random": {"Workload", "Statistics", "Load", "Report", "Mock"},  # always seeded
-    "time": {"Connection", "Runner", "Processes", "Artifacts", "Terminal", "Mock", "Check", "Commands"},
-    "print": {"Terminal", "Mock", "Check", "Commands"},
+    "time": {"Connection", "Runner", "Processes", "Artifacts", "Terminal", "Mock", "Probes", "Check", "Commands"},
+    "print": {"Terminal", "Mock", "Probes", "Check", "Commands"},
     "input": set(),
-    "sys.stdout": {"Terminal", "Mock", "Check", "Commands"},
-    "sys.stderr": {"Terminal", "Mock", "Check", "Commands"},
+    "sys.stdout": {"Terminal", "Mock", "Probes", "Check", "Commands"},
+    "sys.stderr": {"Terminal", "Mock", "Probes", "Check", "Commands"},
     "sys.exit": {"Commands"},
     "typing.get_type_hints": set(),  # annotations are written in a newer form than Python 3.7 can evaluate
 }
@@ -277,7 +277,21 @@ def inherited_methods(owner: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> 
     return own.union(*(inherited_methods(base, classes) for base in bases))
 
 
+def names_are_bound_once(source: Source) -> list[str]:
+    """No function, class or constant of the module takes the name of another: the later one would serve both."""
+    bound: list[str] = []
+    for node in source.tree.body:
+        if isinstance(node, (*Function, ast.ClassDef)):
+            bound.append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            bound += [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
+                      and isinstance(name.ctx, ast.Store)]  # fmt: skip
+    return [f"{name} is bound {bound.count(name)} times" for name in dict.fromkeys(bound) if bound.count(name) > 1]
+
+
 RULES = [
+    names_are_bound_once,
     sections_are_numbered,
     map_lists_the_sections,
     essays_open_sections,
@@ -389,6 +403,8 @@ UPWARD = VOCABULARY + "\n    def up(self) -> object:\n"
 DOWN_MAP = "2. Connection  sockets\n3. Commands    main"
 
 PLANTED = [
+    (names_are_bound_once, "def later() -> int:", "main = 1\n\n\ndef later() -> int:", "main is bound 2 times"),
+    (names_are_bound_once, "def later() -> int:", "Prompt: int = 1\n\n\ndef later() -> int:", "Prompt is bound"),
     (data_flows_down, VOCABULARY, UPWARD + "        return Connection()\n", "Connection"),
     (data_flows_down, VOCABULARY, UPWARD + "        return [main for _ in ()]\n", "main"),
     (data_flows_down, VOCABULARY, VOCABULARY + "\n    up = lambda self: main()\n", "main"),

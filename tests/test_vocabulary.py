@@ -43,6 +43,7 @@ HIDDEN = {
     "bearer": f"Authorization: Bearer {SECRET}",
     "bearer in JSON": '{"error":"bad header: Bearer %s"}' % SECRET,
     "bearer, small": f"authorization: bearer {SECRET}",
+    "a JWT anywhere": "the token eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4eHh4In0.%s is over" % SECRET,
     "basic": "Authorization: Basic dXNlcjpzZWNyZXQ= was refused".replace("dXNlcjpzZWNyZXQ=", SECRET),
 }
 WANTED = {
@@ -115,9 +116,10 @@ def test_redacting_twice_changes_nothing():
         assert llmbench.redact(once) == once
 
 
-@pytest.mark.parametrize(
-    "text", ["?" * 12000, "://" * 5000, "a-" * 8000, "&=" * 8000, "bearer " * 2000, '"key":' * 3000]
-)
+@pytest.mark.parametrize("text", [
+    "?" * 12000, "://" * 5000, "a-" * 8000, "&=" * 8000, "bearer " * 2000, '"key":' * 3000, "-eyJaaaaaaaa" * 2000,
+    "eyJaaaaaaaa.eyJaaaaaaaa " * 1500,
+])  # fmt: skip
 def test_redacting_takes_time_in_proportion_to_the_text(text):
     began = time.perf_counter()
     llmbench.redact(text)
