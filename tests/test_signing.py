@@ -266,3 +266,408 @@ def test_no_step_shows_a_secret(name):
         secrets = secrets._replace(token="id.s3cr3t-of-a-customer")
     shown = json.dumps(sign(name, secrets, "POST", "/", PLAIN, b"{}").steps)
     assert "s3cr3t" not in shown and "sts-of" not in shown
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+NONCE = "0123456789abcdef" * 2
+OPTIONS = {"tenant": "t 1", "app-key": "hidden-option"}
+
+
+def subject(target="/v1/chat%20x?b=2&a=1", headers=None, body=b'{"a": 1}', moment=1735787045.25):
+    secrets = Secrets("AK", "SK-of-mine", "TOK", OPTIONS)
+    headers = headers or [("Host", "gw.example"), ("Content-Type", " Application/JSON ")]
+    return llmbench.Subject(secrets, "POST", target, headers, body, moment, NONCE)
+
+
+def steps(*expressions, options=OPTIONS):
+    """The steps s0, s1, … of these expressions."""
+    return llmbench.Pipeline([{"set": f"s{n}", "to": text} for n, text in enumerate(expressions)], "gw.json", options)
+
+
+def value(expression, **given):
+    case = subject(**given)
+    steps(expression).run(case)
+    return case.values["s0"]
+
+
+@pytest.mark.parametrize("expression,expected", [
+    ("'a\\n\\t\\'\\\\'", "a\n\t'\\"), ('"it\'s"', "it's"), ("42", "42"), ("-1", "-1"),
+    ("key", "AK"), ("method", "POST"),
+    ("path", "/v1/chat%20x"), ("query", "b=2&a=1"), ("target", "/v1/chat%20x?b=2&a=1"), ("host", "gw.example"),
+    ("tenant", "t 1"), ("option:tenant", "t 1"), ("option:app-key", "hidden-option"), ("nonce", NONCE),
+    ("nonce()", NONCE), ("rand_hex(8)", NONCE[:8]), ("uuid", "01234567-89ab-4def-8123-456789abcdef"),
+    ("join('\\n', method, path, key)", "POST\n/v1/chat%20x\nAK"), ("join('', 'a')", "a"),
+    ("lower('AbC')", "abc"), ("upper('AbC')", "ABC"), ("trim('  x ')", "x"), ("urlencode('a/b c~')", "a%2Fb%20c~"),
+    ("urlencode('a/b', safe='/')", "a/b"), ("urlencode('中')", "%E4%B8%AD"), ("b64('any?>')", "YW55Pz4="),
+    ("b64url('any?>')", "YW55Pz4"), ("b64url(join('', '>>>', '???'))", "Pj4-Pz8_"), ("hex('az')", "617a"),
+    ("hex(b64decode('_-8'))", "ffef"), ("hex(b64decode('/+8='))", "ffef"), ("slice('abcdef', 1, 3)", "bc"),
+    ("slice('abcdef', end=-1)", "abcde"),
+    ("md5('')", "d41d8cd98f00b204e9800998ecf8427e"), ("sha1('abc')", "a9993e364706816aba3e25717850c26c9cd0d89d"),
+    ("sha256('abc')", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+    ("upper(md5('a'))", "0CC175B9C0F1B6A831C399E269772661"), ("md5('a', 'HEX')", "0CC175B9C0F1B6A831C399E269772661"),
+    ("sha1('abc', out='b64')", "qZk+NkcGgWq6PiVxeFDCbJzQ2J0="),
+    ("hmac('key', 'The quick brown fox jumps over the lazy dog')",
+     "f7bc83f430538424b13298e6aa6fb143ef4d59a14946175997479dbc2d1a3cd8"),
+    ("hmac('key', 'The quick brown fox jumps over the lazy dog', 'sha1')", "de7c9b85b8b78aa6bc8a7a36f70a90701c9db4d9"),
+    ("hmac('key', 'The quick brown fox jumps over the lazy dog', alg='md5')", "80070713463e7749b90c2dc24911e275"),
+    ("hmac('key', 'The quick brown fox jumps over the lazy dog', 'sha1', 'b64')", "3nybhbi3iqa8ino29wqQcBydtNk="),
+    ("hex(hmac('key', 'The quick brown fox jumps over the lazy dog', out='raw'))",
+     "f7bc83f430538424b13298e6aa6fb143ef4d59a14946175997479dbc2d1a3cd8"),
+    ("hex(chain('key', 'The quick brown fox jumps over the lazy dog'))",
+     "f7bc83f430538424b13298e6aa6fb143ef4d59a14946175997479dbc2d1a3cd8"),
+    ("time()", "1735787045"), ("time('epoch')", "1735787045"), ("time('epoch_ms')", "1735787045250"),
+    ("time('iso')", "2025-01-02T03:04:05Z"), ("time('iso_basic')", "20250102T030405Z"), ("time('date')", "2025-01-02"),
+    ("time('date_basic')", "20250102"), ("time('compact')", "20250102030405"),
+    ("time('rfc1123')", "Thu, 02 Jan 2025 03:04:05 GMT"), ("time('epoch', plus=300)", "1735787345"),
+    ("time('%Y%m%d%H%M%S', 28800)", "20250102110405"),
+    ("canon_path()", "/v1/chat%20x"), ("canon_path(slash='yes')", "/v1/chat%20x/"), ("canon_query()", "a=1&b=2"),
+    ("canon_query(skip='a')", "b=2"), ("canon_query(skip='A b')", "a=1"), ("canon_headers('host;content-type')",
+                                       "content-type:Application/JSON\nhost:gw.example\n"),
+    ("canon_headers('Content-Type', lower='yes', end='no')", "content-type:application/json"),
+    ("canon_headers('content-type', encode='yes')", "content-type:Application%2FJSON\n"),
+    ("header('content-type')", "Application/JSON"), ("json('a\"b')", '"a\\"b"'),
+    ("json(k=key, exp=number(time('epoch', 60)), n=3)", '{"k":"AK","exp":1735787105,"n":3}'),
+    ("body", b'{"a": 1}'), ("join(':', key, body)", b'AK:{"a": 1}'), ("hmac(secret,body,out='raw')", None),
+    (" join ( '-' ,key,\n'x' ) ", "AK-x"),
+])  # fmt: skip
+def test_an_expression_has_the_value(expression, expected):
+    got = value(expression)
+    if expected is None:
+        assert isinstance(got, bytes) and len(got) == 32
+    else:
+        assert got == expected
+
+
+def test_the_usual_private_gateway():
+    """Against hmac and hashlib themselves."""
+    import hashlib
+    import hmac
+
+    case, body = subject(), b'{"a": 1}'
+    steps("time('epoch_ms')", "nonce", r"hmac(secret, join('\n', s0, s1, sha256(body)))").run(case)
+    text = "\n".join(["1735787045250", NONCE, hashlib.sha256(body).hexdigest()])
+    assert case.values["s2"] == hmac.new(b"SK-of-mine", text.encode(), "sha256").hexdigest()
+
+
+def test_steps_can_be_tc3():
+    """A vendor's scheme written as steps gives the vendor's published vector."""
+    case = llmbench.Subject(
+        Secrets("AKIDEXAMPLE", TC3_KEY), "POST", "/",
+        [("Host", "cvm.tencentcloudapi.com"), ("Content-Type", "application/json; charset=utf-8")],
+        TC3_BODY, 1551113065.0, NONCE,
+    )  # fmt: skip
+    steps(
+        r"join('\n', method, '/', query, canon_headers('content-type;host', lower='yes'), 'content-type;host', "
+        "sha256(body))",
+        r"join('\n', 'TC3-HMAC-SHA256', time('epoch'), join('/', time('date'), 'cvm', 'tc3_request'), sha256(s0))",
+        "chain(join('', 'TC3', secret), time('date'), 'cvm', 'tc3_request')",
+        "hmac(s2, s1)",
+    ).run(case)
+    assert case.values["s3"] == "72e494ea809ad7a8c8f7a4507b9bddcbaa8e581f516e8da2f66e2c5a96525168"
+
+
+@pytest.mark.parametrize("expression,column,said", [
+    ("hmac(secrt, 'x')", 6, "secrt is not known here (did you mean secret?)"),
+    ("hmc(secret, 'x')", 1, "there is no function hmc (did you mean hmac?)"),
+    ("join('\\n', 'a", 12, "a text without its closing quote"), ("'a' 'b'", 5, "is left over"),
+    ("sha256(body, out='hexx')", 18, "out must be one of hex"), ("hmac(secret, 'a', 'sha2')", 19, "alg must be one of"),
+    ("time('iso8601')", 6, "fmt must be one of epoch"), ("time(key)", 6, "must be a text in quotes or a number"),
+    ("hmac(secret)", 1, "hmac needs (key, message, alg=sha256, out=hex)"), ("lower('a', 'b')", 12, "takes no more"),
+    ("join('a')", 1, "join needs (separator, part, …)"), ("hmac(secret, 'a', 'md5', 'hex', 'x')", 33, "takes no more"),
+    ("lower(value='a')", 1, "lower needs (value)"), ("sha256('a', aut='raw')", 17, "(did you mean out?)"),
+    ("sha256('a', 'hex', out='raw')", 24, "once"), ("hmac(alg='md5', 'a', 'b')", 17, "can't follow one with a name"),
+    ("nonce + 1", 7, "'+' means nothing"), ("'\\q'", 2, r"\q is no escape"), ("", 0, "needs an expression"),
+    ("lower(", 7, "expected a text"), ("lower('a'", 10, "expected , or ) before the end"),
+    ("lower('a';)", 10, "means nothing"),
+    ("lower", 1, "it is a function: lower(…)"), ("(key)", 1, "expected a text"), ("json()", 1, "json needs one value"),
+    ("json('a', b='c')", 1, "json needs one value"), ("rand_hex(0)", 10, "must be 1 to 128"),
+    ("lower(" * 60 + "'a'" + ")" * 60, 247, "more than 40 calls inside each other"),
+    ("__import__('os')", 1, "no function"),
+    ("key.upper()", 4, "'.' means nothing"), ("key[0]", 4, "'[' means nothing"), ("1 if key else 2", 3, "left over"),
+])  # fmt: skip
+def test_a_wrong_expression_is_named_with_file_step_and_column(expression, column, said):
+    with pytest.raises(llmbench.UserError) as caught:
+        steps("key", expression)
+    text = str(caught.value)
+    assert said in text and "\n" not in text
+    assert text.startswith("gw.json: sign step 2 (s1), column %d: " % column if column else "gw.json: sign step 2 (s1)")
+
+
+@pytest.mark.parametrize("expression", ["header(secret)", "number(secret)", "header(token)"])
+def test_what_a_step_refuses_shows_no_secret(expression):
+    with pytest.raises(llmbench.UserError, match=r"^gw\.json: sign step 1 \(s0\), ") as caught:
+        value(expression)
+    assert "SK-of-mine" not in str(caught.value) and "TOK" not in str(caught.value)
+
+
+def test_a_number_of_many_digits_is_one_line():
+    with pytest.raises(llmbench.UserError, match="column 1: a number of more than 20 digits"):
+        value("9" * 5000)
+
+
+@pytest.mark.parametrize("expression,said", [
+    ("lower(hmac(secret, 'a', out='raw'))", "column 1: lower: takes text, not bytes"),
+    ("header('X-Absent')", "column 1: there is no header X-Absent"),
+    ("join('', canon_headers('host;x-absent'))", "column 10: there is no header x-absent"),
+    ("b64decode('a')", "column 1: b64decode: "), ("number('x')", "column 1: number: "),
+])  # fmt: skip
+def test_what_only_a_request_shows_is_named_too(expression, said):
+    with pytest.raises(llmbench.UserError, match=r"^gw\.json: sign step 1 \(s0\), ") as caught:
+        value(expression)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("form,said", [
+    ({"set": "a"}, "sign must be a list"), ([7], "sign step 1 must be an object"),
+    ([{"set": "a", "two": "key"}], "sign step 1 has an unknown key 'two' (did you mean to?)"),
+    ([{"set": "a-b", "to": "key"}], "sign step 1 needs a name to `set`"),
+    ([{"set": "a", "to": 7}], "needs an expression"),
+    ([{"set": "key", "to": "key"}], "the name key is taken"), ([{"set": "tenant", "to": "key"}], "tenant is taken"),
+    ([{"set": "a", "to": "key"}, {"set": "a", "to": "key"}], "sign step 2 (a): the name a is taken"),
+    ([{"set": "a", "to": "b"}, {"set": "b", "to": "key"}], "b is not known here"),
+])  # fmt: skip
+def test_steps_of_a_wrong_form_are_refused(form, said):
+    with pytest.raises(llmbench.UserError, match=r"^gw\.json: ") as caught:
+        llmbench.Pipeline(form, "gw.json", OPTIONS)
+    assert said in str(caught.value)
+
+
+def sign_by_steps(expressions, target, headers, inner=None):
+    inner = inner or llmbench.Auth(Secrets("AK", "SK-of-mine", "TOK", OPTIONS))
+    return llmbench.Steps(inner, steps(*expressions)).sign("POST", target, headers, b"{}", 1735787045.0, NONCE)
+
+
+def test_a_step_sees_what_the_steps_before_it_have_filled_in():
+    signed = sign_by_steps(
+        ["time()", "target", "canon_headers('x-time')", "canon_query()"], "/v1/${key}?t=${s0}&a=${s1}&z=${tenant}",
+        [("Host", "h"), ("X-Time", "at ${s0}"), ("X-Seen", "${s3}")],
+    )  # fmt: skip
+    seen = dict(signed.steps)
+    assert seen["s1"] == "/v1/AK?t=1735787045&z=t%201"
+    assert seen["s2"] == "x-time:at 1735787045\n"
+    a = llmbench.percent_encode(seen["s1"])
+    assert signed.target == "/v1/AK?t=1735787045&a=%s&z=t%%201" % a
+    assert signed.headers == [("Host", "h"), ("X-Time", "at 1735787045"), ("X-Seen", "a=%s&t=1735787045&z=t%%201" % a)]
+
+
+def test_the_secret_itself_fills_nothing_in():
+    signed = sign_by_steps(["key"], "/?a=${secret}&b=1", [("X", "${secret}"), ("Y", "${token}")])
+    assert (signed.target, signed.headers) == ("/?b=1", [("Y", "TOK")])
+
+
+def test_bytes_fill_nothing_in():
+    with pytest.raises(llmbench.UserError, match=r"\$\{s0\} is bytes, not text"):
+        sign_by_steps(["hmac(secret, 'a', out='raw')"], "/", [("X", "${s0}")])
+
+
+def test_a_header_of_a_scheme_is_there_for_the_steps_and_a_signature_is_over_what_they_filled():
+    secrets = Secrets("AK", "SK-of-mine", "TOK")
+    signed = sign_by_steps(["sha256(header('Authorization'))"], "/", [("Host", "h")], llmbench.Bearer(secrets))
+    assert dict(signed.steps)["s0"] == hash_hex("Bearer TOK") and header(signed) == "Bearer TOK"
+    signed = sign_by_steps(["time()"], "/?t=${s0}", [("Host", "h")], llmbench.VolcV4(secrets))
+    assert "\nt=1735787045\n" in dict(signed.steps)["canonical request"]
+
+
+HIDDEN_STEPS = [
+    ("b64(secret)", True), ("join(':', key, secret)", True), ("md5(secret)", True), ("hmac(secret, 'const')", True),
+    ("option:app-key", True), ("md5(join('', secret, time()))", False), ("hmac(secret, time())", False),
+    ("sha256(body)", False), ("key", False), ("md5(join('', key, secret))", True), ("sha256(md5(secret))", True),
+    ("hmac(md5(secret), join('', path, nonce))", False), ("hmac(secret, path)", True), ("chain(secret, nonce)", False),
+     ("token", True), ("json(a=secret)", True), ("upper(tenant)", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression,hidden", HIDDEN_STEPS)
+def test_a_step_that_gives_a_secret_away_is_not_shown(expression, hidden):
+    signed = sign_by_steps([expression], "/", [("Host", "h")])
+    assert (dict(signed.steps)["s0"] == "***") == hidden
+    shown = json.dumps(signed.steps)
+    for secret in ("SK-of-mine", "TOK", "hidden-option"):
+        assert secret not in shown
+
+
+def test_a_derived_key_is_not_shown_and_what_it_signs_is():
+    signed = sign_by_steps(["hmac(secret, time('date'))", "time()", "hmac(s0, join('|', key, s1))"], "/", [])
+    shown = dict(signed.steps)
+    assert shown["s0"] == "***" and shown["s1"] == "1735787045"
+    assert shown["s2 is made of"] == "AK|1735787045" and len(shown["s2"]) == 64
+
+
+def test_a_run_that_measures_collects_no_steps():
+    auth = llmbench.Steps(llmbench.Auth(Secrets("AK", "SK")), steps("key"))
+    auth.explaining = False
+    assert auth.sign("POST", "/", [], b"", 0.0, NONCE).steps == []
+
+
+@pytest.mark.parametrize("text", [
+    "", "'", "hmac(", "))", "a=b", "hmac(secret,", "\\", "'\\", "key key", "join(,)", "lower(,'a')", "json(a=)",
+    "json(=1)",
+    "0x10", "1.5", "''''", "\u4e2d", "lower('a',)", "time(fmt=)", "hmac(key=secret)", "\x00", "key:", "option:", "-",
+])  # fmt: skip
+def test_no_text_makes_the_parser_fail_otherwise_than_in_one_line(text):
+    with pytest.raises(llmbench.UserError) as caught:
+        steps(text)
+    assert str(caught.value).startswith("gw.json: sign step 1 (s0)")
+
+
+# --- which scheme a run has -------------------------------------------------------------------------------------------
+
+
+def auth_of(provider="openai", **given):
+    return llmbench.make_provider(llmbench.Config(url="http://h", model="m", provider=provider, **given)).auth
+
+
+def test_the_default_is_a_bearer_token_where_there_is_one():
+    assert auth_of(token="t").headers() == [("Authorization", "Bearer t")]
+    assert (auth_of().name, auth_of().headers()) == ("none", [])
+    assert auth_of(token="t", auth="none").headers() == []
+    assert not auth_of(token="t").per_request
+
+
+@pytest.mark.parametrize("given,said", [
+    ({"auth": "tc4"}, "--auth tc4 is unknown (did you mean tc3?); it is one of bearer, "),
+    ({"auth": "tc3"}, "--auth tc3 needs --auth-key and --auth-secret"),
+    ({"auth": "volc-v4", "auth_key": "k"}, "--auth volc-v4 needs --auth-secret"),
+    ({"auth": "bearer"}, "--auth bearer needs --token"), ({"auth": "hmac"}, "--auth hmac needs --auth-secret"),
+    ({"auth": "zhipu-jwt", "token": "no-dot"}, "of the form id.secret"),
+    ({"auth": "api-key", "token": "t", "auth_opt": {"heder": "x"}},
+     "--auth-opt heder is no option of api-key (did you mean header?); it takes header, prefix, refresh, exchange-url"),
+    ({"auth_key": "k", "auth_secret": "s"}, "--auth-key and --auth-secret need a scheme here; name it with --auth"),
+    ({"auth": "bce-v1", "auth_key": "k", "auth_secret": "s", "auth_opt": {"expires": "0"}},
+     "expires needs a whole number"),
+    ({"auth": "hmac", "auth_secret": "s", "auth_opt": {"parts": "time,bodi"}}, "parts: 'bodi' is none of key, time"),
+    ({"auth": "hmac", "auth_secret": "s", "auth_opt": {"hash": "sha2"}}, "--auth-opt hash must be one of sha256"),
+    ({"auth": "hmac", "auth_secret": "s", "auth_opt": {"encoding": "hexx"}}, "out must be one of hex"),
+    ({"token": "t", "auth_opt": {"refresh": "5m"}}, "--auth-opt refresh needs a token to ask for again"),
+    ({"token": "t", "token_source": "cmd:x", "auth_opt": {"refresh": "soon"}}, "--auth-opt refresh needs a duration"),
+    ({"auth": "tc3", "auth_key": "k", "auth_secret": "s", "header": ["Authorization: x"]},
+     "--header Authorization and --auth tc3 exclude each other"),
+    ({"auth": "huawei-iam", "auth_key": "k", "auth_secret": "s"}, "needs --auth-opt domain=ACCOUNT"),
+    ({"auth": "baidu-oauth", "auth_key": "k", "auth_secret": "s", "auth_opt": {"exchange-url": "ftp://h"}},
+     "--auth baidu-oauth: exchange needs a url with http:// or https://"),
+])  # fmt: skip
+def test_what_a_scheme_lacks_is_one_line(given, said):
+    with pytest.raises(llmbench.UserError) as caught:
+        auth_of(**given)
+    assert said in str(caught.value)
+
+
+def test_ark_needs_an_endpoint_id_which_is_the_model():
+    auth = auth_of(auth="ark-api-key", auth_key="AK", auth_secret="SKTEST0001")
+    question = auth.exchange.question(at("2025-01-02T03:04:05Z"), NONCE)
+    assert json.loads(question.body)["ResourceIds"] == ["m"]
+    with pytest.raises(llmbench.UserError, match="needs --model ep-"):
+        llmbench.make_provider(llmbench.Config(url="http://h", auth="ark-api-key", auth_key="k", auth_secret="s"))
+
+
+# --- tokens that are asked for ----------------------------------------------------------------------------------------
+
+
+def exchange(options=None, **form):
+    secrets = Secrets("a k", "s&k", "", options or {})
+    return llmbench.TokenExchange({"url": "http://h:8/t", "token": "access.token", **form}, secrets, "gw.json")
+
+
+def test_baidus_question():
+    question = auth_of(auth="baidu-oauth", auth_key="a k", auth_secret="s&k").exchange.question(0.0, NONCE)
+    assert question.url == (
+        "https://aip.baidubce.com/oauth/2.0/token?grant_type=client_credentials&client_id=a%20k&client_secret=s%26k"
+    )
+    assert (question.method, question.body) == ("POST", b"")
+    assert ("Host", "aip.baidubce.com") in question.headers and ("Content-Length", "0") in question.headers
+
+
+def test_arks_question_is_signed():
+    auth = auth_of(auth="ark-api-key", auth_key="AK", auth_secret="SKTEST0001", auth_opt={"duration": "3600"})
+    question = auth.exchange.question(at("2025-01-02T03:04:05Z"), NONCE)
+    assert question.url == "https://open.volcengineapi.com/?Action=GetApiKey&Version=2024-01-01"
+    assert question.body == b'{"DurationSeconds":3600,"ResourceType":"endpoint","ResourceIds":["m"]}'
+    again = sign("volc-v4", Secrets("AK", "SKTEST0001"), "POST", "/?Action=GetApiKey&Version=2024-01-01",
+                 {"Host": "open.volcengineapi.com", "Content-Type": "application/json"}, question.body,
+                 at("2025-01-02T03:04:05Z"))  # fmt: skip
+    assert dict(question.headers)["Authorization"] == header(again)
+    answer = b'{"ResponseMetadata":{},"Result":{"ApiKey":"ark-1"}}'
+    assert auth.exchange.read(200, {}, answer, 1000.0) == llmbench.Grant("ark-1", 4600.0)
+
+
+def test_huaweis_question_and_answer():
+    options = {"domain": "acme", "region": "cn-north-9"}
+    auth = auth_of(auth="huawei-iam", auth_key="ann", auth_secret='p"w', auth_opt=options)
+    question = auth.exchange.question(0.0, NONCE)
+    assert question.url == "https://iam.cn-north-9.myhuaweicloud.com/v3/auth/tokens"
+    user = {"name": "ann", "password": 'p"w', "domain": {"name": "acme"}}
+    assert json.loads(question.body)["auth"] == {
+        "identity": {"methods": ["password"], "password": {"user": user}}, "scope": {"project": {"name": "cn-north-9"}},
+    }  # fmt: skip
+    answer = b'{"token":{"expires_at":"2025-01-02T03:04:05.000000Z"}}'
+    grant = auth.exchange.read(201, {"x-subject-token": " MIIC "}, answer, 0.0)
+    assert grant == llmbench.Grant("MIIC", at("2025-01-02T03:04:05Z"))
+    auth.renew(grant.token)
+    assert ("X-Auth-Token", "MIIC") in auth.sign("POST", "/", [], b"", 0.0, NONCE).headers
+
+
+def test_a_declared_exchange():
+    made = exchange(
+        {"scope": "chat"}, method="post", form={"id": "${key}", "scope": "${option:scope}", "n": 1},
+        headers={"X-Client": "${key}"}, auth="basic",
+    ).question(0.0, NONCE)  # fmt: skip
+    assert made.body == b"id=a%20k&scope=chat&n=1"
+    sent = dict(made.headers)
+    assert (sent["X-Client"], sent["Content-Type"]) == ("a k", "application/x-www-form-urlencoded")
+    assert sent["Authorization"] == "Basic YSBrOnMmaw==" and sent["Content-Length"] == "23"
+    assert exchange(body={"a": ["${secret}", 1]}).question(0.0, NONCE).body == b'{"a":["s&k",1]}'
+
+
+def test_the_address_of_an_exchange_can_be_another():
+    other = {"exchange-url": "http://127.0.0.1:1/token"}
+    assert exchange(other, url="https://v.com/x?grant=1").question(0.0, NONCE).url == "http://127.0.0.1:1/token?grant=1"
+    other = {"exchange-url": "http://127.0.0.1:1/token?mine=2"}
+    assert exchange(other, url="https://v.com/x?grant=1").question(0.0, NONCE).url == other["exchange-url"]
+    assert exchange(url="http://h").question(0.0, NONCE).url == "http://h/"
+
+
+@pytest.mark.parametrize("form,said", [
+    ({"ulr": "x"}, "unknown key 'ulr' (did you mean url?)"), ({"url": "h/t"}, "needs a url with http://"),
+    ({"url": "http://u:p@h/t"}, "no password"), ({"body": {}, "form": {}}, "body or form, not both"),
+    ({"token": ""}, "needs token"), ({"token": 3}, "exchange.token must be"), ({"auth": "oauth"}, "'oauth' is unknown"),
+    ({"auth": "baidu-oauth"}, "is unknown"), ({"headers": {"A": "${nope}"}}, "${nope} is not known"),
+    ({"expires_in": []}, "exchange.expires_in must be a path or seconds"), ({"url": "http://h:99999/"}, "port"),
+    ({"auth": []}, "exchange.auth must be a text"), ({"auth_options": None}, "exchange.auth_options must be an object"),
+])  # fmt: skip
+def test_an_exchange_of_a_wrong_form_is_refused(form, said):
+    with pytest.raises(llmbench.UserError, match=r"^gw\.json: ") as caught:
+        exchange(**form)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("status,body,said", [
+    (401, b'{"error":"bad"}', 'HTTP 401: {"error":"bad"}'), (500, b"", "HTTP 500"),
+    (200, b"<html>", "no token at access"),
+    (200, b'{"access":{}}', "no token at access.token"), (200, b'{"access":{"token":7}}', "no token"),
+    (200, b'{"access":{"token":"a\\r\\nB: c"}}', "no token"), (200, b'{"access":{"token":" "}}', "no token"),
+    (302, b"", "HTTP 302"), (200, b"[" * 100000, "no token"), (200, b"\xff", "no token"),
+])  # fmt: skip
+def test_an_answer_without_a_token(status, body, said):
+    with pytest.raises(ValueError) as caught:
+        exchange().read(status, {}, body, 0.0)
+    assert said in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("wanted,given,expires", [
+    ("expires_in", 60, 1060.0), ("expires_in", "60", 1060.0), ("expires_in", None, None), ("expires_in", -1, None),
+    ("expires_in", "soon", None), (30, None, 1030.0), ("expires_in", 1735787045, 1735787045.0),
+    ("expires_in", 1735787045000, 1735787045.0), ("expires_in", "2025-01-02T03:04:05Z", 1735787045.0),
+    ("expires_in", "T", None), ("absent.path", 60, None), ("expires_in", True, 1001.0),
+])  # fmt: skip
+def test_when_a_token_ends(wanted, given, expires):
+    body = json.dumps({"access": {"token": "t"}, "expires_in": given}).encode()
+    assert exchange(expires_in=wanted).read(200, {}, body, 1000.0) == llmbench.Grant("t", expires)
+
+
+@pytest.mark.parametrize("token,expires", [
+    (JWT, 1735787255000.0), ("a.b.c", None), ("", None), ("a.eyJleHAiOjV9.c", 5.0), ("a.eyJleHAiOiJ4In0.c", None),
+    ("a.W10.c", None), ("sk-1", None), ("a.eyJleHAiOnRydWV9.c", None),
+])  # fmt: skip
+def test_when_a_jwt_ends(token, expires):
+    assert llmbench.jwt_expiry(token) == expires
