@@ -10,6 +10,8 @@ import zlib
 import pytest
 import report_data
 from browser import Page, find, started
+from test_compare import PAGES as COMPARISONS
+from test_compare import made_page
 from test_report import GRID, LADDER, TestSafety, assets, loaded, made
 
 import llmbench
@@ -81,8 +83,22 @@ def test_curves_over_any_loads_are_drawn(loads, opened):
     assert not page.evaluate("document.documentElement.dataset.failure") and "NaN" not in page.evaluate(TEXTS)
 
 
+@pytest.mark.parametrize(("name", "width"), list(itertools.product(COMPARISONS, [1440, 390])))
+def test_a_comparison_is_drawn_and_nothing_sticks_out(name, width, opened):
+    page = opened(made_page(name), width)
+    page.draw_all()
+    assert page.evaluate(BLANK) == [] and page.complaints == [] and len(page.requests) == 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+TELLING = ("one", "fifty", "sweep", "failing", "all_failed")  # the other shapes lay out like one of these
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "width"), list(itertools.product(SHAPES, WIDTHS)))
+@pytest.mark.parametrize(("name", "width"), [
+    pytest.param(name, width, marks=[] if name in TELLING and width != 768 else [pytest.mark.exhaustive])
+    for name, width in itertools.product(SHAPES, WIDTHS)
+])  # fmt: skip
 def test_nothing_sticks_out_of_the_window(name, width, opened):
     page = opened(page_of(name), width)
     page.draw_all()
@@ -274,7 +290,7 @@ def test_a_png_of_a_chart_is_what_is_seen(opened):
     assert size[0] > 600 and size[1] > 300
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_a_hundred_thousand_requests_open_at_once(opened):
     page = opened(llmbench.render_report(*report_data.healthy(100_000), assets=assets()))
     timing = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
