@@ -3,6 +3,7 @@
 
     python3 build.py                       dist/llmbench.pyz
     python3 build.py test [--long] [...]   lint, version floor, build, tests; further arguments go to pytest
+    python3 build.py test --exhaustive     the tests that repeat others on every Python, in every shape, more often, too
     python3 build.py bench [...]           the benchmarks of llmbench itself; further arguments go to them
     python3 build.py charts                assets/echarts.min.js, made of the parts that the report draws with
     python3 build.py clean                 removes everything that this script made
@@ -59,6 +60,12 @@ CHARTS_HEADER = """\
 Copyright 2017-2026 The Apache Software Foundation. Licensed under the Apache License, Version 2.0.
 Contains zrender (BSD-3-Clause), tslib (0BSD) and parts of d3 (BSD-3-Clause); see assets/licenses of llmbench. */
 """
+
+# Test files that measure no time and start no load: they may run while others do.
+TIMELESS = (
+    "artifacts", "browser", "build", "commands", "compare", "dialects", "exchange", "exits", "http", "kubernetes",
+    "load", "providers", "registry", "report", "signing", "sse", "statistics", "structure", "vocabulary", "workload",
+)  # fmt: skip
 
 # The archive's __main__.py. It must parse on Python 2.7, or an old interpreter answers with a traceback instead of
 # the line. Up to Python 3.8 the path of a running archive is relative: made absolute, assets are found after a chdir.
@@ -286,12 +293,37 @@ def run_tools(commands: dict[str, list[str]]) -> int:
     return next(filter(None, statuses), 0)
 
 
-def test(arguments: list[str], long: bool) -> int:
+def run_tests(selected: list[str]) -> int:
+    """All tests in two processes: those that measure no time run beside the others, with what they leave of the CPU."""
+    command = [sys.executable, "-m", "pytest", *selected]
+    calm = [f"tests/test_{name}.py" for name in TIMELESS]
+    with tempfile.TemporaryFile() as output:
+        beside = subprocess.Popen(
+            [*(["nice", "-n", "19"] if shutil.which("nice") else []), *command, "-q", "-p", "no:cacheprovider", *calm],
+            cwd=str(ROOT), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            tested = subprocess.call([*command, *(f"--ignore={path}" for path in calm)], cwd=str(ROOT))
+            beside.wait()
+        finally:
+            if beside.poll() is None:
+                beside.terminate()
+                beside.wait()
+        output.seek(0)
+        print("\nThe tests that measure no time:\n" + output.read().decode("utf-8", "replace"), flush=True)
+    return tested or beside.returncode
+
+
+def test(arguments: list[str], long: bool, exhaustive: bool = False) -> int:
     """Lint, version floor, build, tests. A failed check does not keep the tests from running, and is not forgotten."""
     checked = run_tools(CHECKS)
     built = build()
-    selected = [] if long else ["-m", "not long"]
-    tested = subprocess.call([sys.executable, "-m", "pytest", *selected, *arguments], cwd=str(ROOT))
+    left_out = "not exhaustive" if long else "not long and not exhaustive"
+    selected = [] if exhaustive else ["-m", left_out]
+    if arguments:
+        tested = subprocess.call([sys.executable, "-m", "pytest", *selected, *arguments], cwd=str(ROOT))
+    else:
+        tested = run_tests(selected)
     if checked and not tested:
         print("the tests passed, a check before them failed", file=sys.stderr)
     return tested or checked or built
@@ -355,6 +387,7 @@ def parser() -> argparse.ArgumentParser:
         help=argparse.SUPPRESS,
     )
     command_line.add_argument("--long", action="store_true", help="with test: the long tests too")
+    command_line.add_argument("--exhaustive", action="store_true", help="with test: all tests there are")
     return command_line
 
 
@@ -369,7 +402,7 @@ def main(arguments: list[str]) -> int:
         return run_in_venv(arguments)
     commands = {
         "build": build,
-        "test": lambda: test(further, options.long),
+        "test": lambda: test(further, options.long, options.exhaustive),
         "bench": lambda: bench(further),
         "charts": charts,
     }

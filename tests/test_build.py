@@ -301,7 +301,25 @@ def test_a_failed_check_fails_the_run_though_the_tests_pass(monkeypatch: pytest.
     monkeypatch.setattr(build, "run_tools", lambda commands: 3)
     monkeypatch.setattr(build, "build", lambda: 0)
     monkeypatch.setattr(build.subprocess, "call", lambda command, cwd: 0)
-    assert build.test([], long=False) == 3
+    monkeypatch.setattr(build, "run_tests", lambda selected: 0)
+    assert build.test([], long=False) == build.test(["-x"], long=False) == 3
+
+
+@pytest.mark.parametrize(("main", "beside"), [(0, 0), (1, 0), (0, 1)])
+def test_all_tests_run_once_in_two_processes_and_either_may_fail(
+    main: int, beside: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tests").mkdir()
+    names = sorted(path.stem[len("test_") :] for path in (ROOT / "tests").glob("test_*.py"))
+    assert set(build.TIMELESS) < set(names)
+    for name in names:
+        failing = name == ("sse" if beside else "runner" if main else "")
+        said = f"def test_{name}():\n    assert {not failing}\n"
+        (tmp_path / "tests" / f"test_{name}.py").write_text(said, encoding="utf-8")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    assert build.run_tests([]) == (main or beside)
+    counts = [int(count) for count in re.findall(r"(\d+) passed", capfd.readouterr().out)]
+    assert sum(counts) == len(names) - main - beside and len(counts) == 2
 
 
 # The image
