@@ -297,6 +297,16 @@ def test_arguments_that_are_not_its_own_go_to_pytest_in_order() -> None:
     assert (options.command, options.long, further) == ("test", True, ["-k", "name", "tests/test_sse.py", "-x"])
 
 
+@pytest.mark.parametrize(("planted", "found"), [("", 0), ("TAIL = 'abc'.removeprefix('a')\n", 1)])
+def test_a_call_that_is_newer_than_the_floor_is_found(planted: str, found: int, tmp_path: Path) -> None:
+    text = (ROOT / "llmbench.py").read_text(encoding="utf-8")
+    (tmp_path / "llmbench.py").write_text(text + planted, encoding="utf-8")
+    program, *arguments = build.CHECKS["vermin"]
+    done = run([str(build.venv_program(program)), *arguments], tmp_path)
+    assert done.returncode == found, done.stdout
+    assert "Minimum required versions: 3." in done.stdout, "it must be able to tell"
+
+
 def test_a_failed_check_fails_the_run_though_the_tests_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "run_tools", lambda commands: 3)
     monkeypatch.setattr(build, "build", lambda: 0)
