@@ -530,7 +530,9 @@ def test_a_token_of_a_file_is_read_again(tmp_path):
     path.write_text("first-token\n")
 
     def behave(peer, request):
-        path.write_text("second-token\n")
+        renewed = tmp_path / "renewed"
+        renewed.write_text("second-token\n")
+        renewed.replace(path)  # at once: half a file is no token
         bearer_checker(used)(peer, request)
 
     with Server(behave) as server:
