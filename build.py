@@ -61,9 +61,9 @@ Copyright 2017-2026 The Apache Software Foundation. Licensed under the Apache Li
 Contains zrender (BSD-3-Clause), tslib (0BSD) and parts of d3 (BSD-3-Clause); see assets/licenses of llmbench. */
 """
 
-# Test files that measure no time and start no load: they may run while others do.
+# Test files that measure no time and start no load: they may run while others do. The browser sets its own priority.
 TIMELESS = (
-    "artifacts", "browser", "build", "commands", "compare", "dialects", "exchange", "exits", "http", "kubernetes",
+    "artifacts", "build", "commands", "compare", "dialects", "exchange", "exits", "http", "kubernetes",
     "load", "providers", "registry", "report", "signing", "sse", "statistics", "structure", "vocabulary", "workload",
 )  # fmt: skip
 
