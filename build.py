@@ -67,6 +67,14 @@ TIMELESS = (
     "load", "providers", "registry", "report", "signing", "sse", "statistics", "structure", "vocabulary", "workload",
 )  # fmt: skip
 
+# Runs the command of its arguments so that it gives way at once to whatever else wants the CPU.
+YIELDING = """\
+import os, sys
+if hasattr(os, "SCHED_IDLE"):
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 # The archive's __main__.py. It must parse on Python 2.7, or an old interpreter answers with a traceback instead of
 # the line. Up to Python 3.8 the path of a running archive is relative: made absolute, assets are found after a chdir.
 # zipimport compiles llmbench.py at every start, on 3.10 and newer twice, 0.1 s each; hence import_compiled. The module
@@ -301,7 +309,7 @@ def run_tests(selected: list[str]) -> int:
     calm = [f"tests/test_{name}.py" for name in TIMELESS]
     with tempfile.TemporaryFile() as output:
         beside = subprocess.Popen(
-            [*(["nice", "-n", "19"] if shutil.which("nice") else []), *command, "-q", "-p", "no:cacheprovider", *calm],
+            [sys.executable, "-c", YIELDING, *command, "-q", "-p", "no:cacheprovider", *calm],
             cwd=str(ROOT), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
