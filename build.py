@@ -61,10 +61,11 @@ Copyright 2017-2026 The Apache Software Foundation. Licensed under the Apache Li
 Contains zrender (BSD-3-Clause), tslib (0BSD) and parts of d3 (BSD-3-Clause); see assets/licenses of llmbench. */
 """
 
-# Test files that measure no time and start no load: they may run while others do. The browser sets its own priority.
+# Test files whose verdict hangs on no time: they may run while others do. The browser sets its own priority.
 TIMELESS = (
     "artifacts", "build", "commands", "compare", "dialects", "exchange", "exits", "http", "kubernetes",
-    "load", "providers", "registry", "report", "signing", "sse", "statistics", "structure", "vocabulary", "workload",
+    "load", "merge", "network", "providers", "registry", "report", "signing", "sse", "statistics", "structure", "terminal", "vocabulary",
+    "workload",
 )  # fmt: skip
 
 # Runs the command of its arguments so that it gives way at once to whatever else wants the CPU.
