@@ -63,9 +63,9 @@ Contains zrender (BSD-3-Clause), tslib (0BSD) and parts of d3 (BSD-3-Clause); se
 
 # Test files whose verdict hangs on no time: they may run while others do. The browser sets its own priority.
 TIMELESS = (
-    "artifacts", "build", "commands", "compare", "dialects", "exchange", "exits", "http", "kubernetes",
-    "load", "merge", "network", "providers", "registry", "report", "signing", "sse", "statistics", "structure", "terminal", "vocabulary",
-    "workload",
+    "artifacts", "build", "commands", "compare", "dialects", "exchange", "exits", "http", "kubernetes", "load",
+    "merge", "network", "providers", "registry", "report", "signing", "sse", "statistics", "structure",
+    "terminal", "vocabulary", "workload",
 )  # fmt: skip
 
 # Runs the command of its arguments so that it gives way at once to whatever else wants the CPU.

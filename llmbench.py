@@ -2987,6 +2987,7 @@ class Dialect:
         self.version = 0
         self.notes: List[str] = []
         self._exact_names = tuple(exact)
+        self._wants_exact = False
         self._fixed = max_tokens_field is not None or spelling not in SPELLINGS
         self._tried: set = set()
 
@@ -3031,8 +3032,8 @@ class Dialect:
 
     def exact_fields(self) -> Tuple[str, ...]:
         """The fields that ask for an exact length and that are not given up; from now on they are among ours."""
-        if "exact" not in self._tried:
-            self._tried.add("exact")
+        if not self._wants_exact:  # its own, unlike what was tried: a copy that wants it says nothing for the others
+            self._wants_exact = True
             self.exact = self._exact_names
         return self.exact
 
@@ -13434,7 +13435,7 @@ def unfair_words(texts: Said, unfair: Unfair) -> str:
     """Why a comparison is unfair, in the words of a language."""
     values = unfair.values
     if unfair.key == "verdict":
-        reasons = texts["reason.between"].join(reason_said(texts, reason) for reason in values["reasons"])
+        reasons = texts["reasons.between"].join(reason_said(texts, reason) for reason in values["reasons"])
         state = worded(texts, "verdict", values["state"].lower())
         return texts["unfair.verdict"].format(run=values["run"], state=state,
                                               reasons=reasons)

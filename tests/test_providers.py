@@ -1413,3 +1413,10 @@ def test_a_run_that_wants_no_exact_length_has_no_such_field_to_give_up():
     dialect = llmbench.Dialect()
     asked(dialect)
     assert dialect.without("bad request").without("bad request") is None
+
+
+def test_a_copy_of_a_dialect_that_wants_an_exact_length_takes_nothing_from_the_original():
+    dialect = llmbench.Dialect()
+    assert dialect.copy().exact_fields() == dialect.exact_fields() == tuple(llmbench.EXACT_FIELDS)
+    given_up = dialect.without("min_tokens is not known")
+    assert given_up.copy().exact_fields() == given_up.exact_fields() == ("ignore_eos",)

@@ -26,7 +26,9 @@ from conftest import ROOT
 README = ROOT / "README.md"
 FOUR_FILES = ["report.html", "results.csv", "results.jsonl", "summary.json"]
 OTHER_COMMANDS_FLAGS = {"--explain", "--fail-if", "--help", "--host", "--json", "--port", "--redact", "--version"}
-OTHER_PROGRAMS_FLAGS = {"--rm", "--network", "--user", "--platform", "--long", "--from-file"}  # not ours
+OTHER_PROGRAMS_FLAGS = {  # not ours
+    "--rm", "--network", "--user", "--platform", "--long", "--exhaustive", "--from-file",
+}
 
 
 def readme() -> str:
