@@ -5903,6 +5903,77 @@ def timestamp(text: str) -> float:
     return datetime.datetime.strptime(text, form).replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
+# A line of results.jsonl that somebody edited, or that is another program's, is refused where it is read: what the
+# known keys of a header, plan or audit hold has one of these forms. Keys that are not known are nobody's business.
+FAR = 1e15  # nothing in a run is as large
+
+
+def is_number(value: Any) -> bool:
+    """A number as a measurement has it: finite, and not true or false."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -FAR < value < FAR
+
+
+def is_whole(value: Any) -> bool:
+    """A number of things."""
+    return isinstance(value, int) and is_number(value)
+
+
+def is_text(value: Any) -> bool:
+    """A text."""
+    return isinstance(value, str)
+
+
+def each(holds: Callable[[Any], bool], kind: type) -> Callable[[Any], bool]:
+    """A list, or an object, whose values have a form."""
+
+    def check(value: Any) -> bool:
+        return isinstance(value, kind) and all(map(holds, value.values() if isinstance(value, dict) else value))
+
+    return check
+
+
+def is_object(value: Any) -> bool:
+    """A JSON object."""
+    return isinstance(value, dict)
+
+
+def is_histogram(value: Any) -> bool:
+    """A log-scaled histogram, its buckets as JSON names them."""
+    return each(is_whole, dict)(value) and all(re.match(r"^[0-9]{1,6}$", str(bucket)) for bucket in value)
+
+
+PLAN_FORMS: Dict[str, Callable[[Any], bool]] = {
+    "index": is_whole, "load": each(is_number, dict), "total": is_whole, "duration": is_number, "warmup": is_whole,
+}  # fmt: skip
+AUDIT_FORMS: Dict[str, Callable[[Any], bool]] = {
+    "stage": is_whole, "part": is_whole, "shard": is_text, "wall_ms": is_number, "cpu_percent": is_number,
+    "loop_delay_max_ms": is_number, "due": is_whole, "started": is_whole, "dropped": is_whole,
+    "date_offset_ms": each(is_number, list), "lag_hist": is_histogram, "network": each(is_text, dict),
+}  # fmt: skip
+# Of the configuration by the type of Config's field, as it is written there.
+CONFIG_FORMS: Dict[str, Callable[[Any], bool]] = {
+    "str": is_text, "Optional[str]": is_text, "int": is_whole, "Optional[int]": is_whole, "float": is_number,
+    "Optional[float]": is_number, "List[int]": each(is_number, list), "List[float]": each(is_number, list),
+    "List[str]": each(is_text, list), "Dict[str, Any]": is_object, "Dict[str, str]": is_object,
+}  # fmt: skip
+HEADER_FORMS: Dict[str, Callable[[Any], bool]] = {"config": is_object, "merged": is_object, "selftest": is_object}
+
+
+def check_forms(told: Mapping[str, Any], forms: Mapping[str, Callable[[Any], bool]]) -> None:
+    """Raises TypeError where a known key holds what it can't hold."""
+    for key, holds in forms.items():
+        if key in told and not holds(told[key]):
+            raise TypeError(key)
+
+
+def check_header(run: Mapping[str, Any]) -> None:
+    """Raises TypeError where a header is none that a run writes."""
+    check_forms(run, HEADER_FORMS)
+    kinds = ((field.name, CONFIG_FORMS.get(str(field.type))) for field in dataclasses.fields(Config))
+    check_forms(run.get("config", {}), {"prompts": is_object, **{name: kind for name, kind in kinds if kind}})
+    check_forms(run.get("config", {}).get("prompts", {}), {"count": is_whole})
+
+
 class Collector:
     """Takes the parsed lines of results.jsonl in any order of parts; afterwards holds everything a summary needs."""
 
@@ -5917,8 +5988,10 @@ class Collector:
     def add(self, line: Mapping[str, Any]) -> None:
         """One line of the file: header, the plan of a stage, record, audit or end."""
         if "run" in line:
+            check_header(line["run"])
             self.header = dict(line["run"])
         elif "audit" in line:
+            check_forms({"stage": None, **line["audit"]}, AUDIT_FORMS)
             self.audits.append(dict(line["audit"]))
         elif "end" in line:
             self.end = dict(line["end"])
@@ -5929,6 +6002,7 @@ class Collector:
 
     def _add_plan(self, plan: Dict[str, Any]) -> None:
         """What a stage was to be; in merged files it comes once a host, and after other hosts' records."""
+        check_forms({"index": None, "load": None, **plan}, PLAN_FORMS)
         self.plans[plan["index"]] = plan
         if plan["index"] in self.stages:
             self.stages[plan["index"]].load = self._load(plan["index"])
@@ -5963,7 +6037,10 @@ class Collector:
         if start is None:
             return record.get("scheduled_ms")
         if "latency_ms" in record:
-            return start + record["latency_ms"]
+            end = start + record["latency_ms"]
+            if not -FAR < end < FAR:
+                raise ValueError("no time of a run")
+            return end
         if "end_ts" in record and "start_ts" in record:
             return start + (timestamp(record["end_ts"]) - timestamp(record["start_ts"])) * 1000.0
         return start
@@ -14382,6 +14459,12 @@ PUBLIC_PATHS = frozenset((
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/api/generate",
     "/v1/chat-messages", "/chat/completions", "/completions",
 ))  # fmt: skip
+FINISHES = frozenset((  # why an answer ends, in the dialects' own words; any other text is the endpoint's
+    "stop", "length", "tool_calls", "function_call", "content_filter", "sensitive", "end_turn", "max_tokens",
+    "tool_use", "stop_sequence", "pause_turn", "refusal", "STOP", "MAX_TOKENS", "SAFETY", "RECITATION", "eos", "limit",
+    "word", "eos_token", "completed", "incomplete", "max_output_tokens", "normal", "message_end", "workflow_finished",
+    "done",
+))  # fmt: skip
 OWN_ERRORS = frozenset(("timeout", "truncated", "empty", "cancelled", "dropped"))  # in the client's own words
 SYSTEM_ERRORS = frozenset(("dns_error", "connect_error"))  # in the operating system's, behind a host's name
 ADDRESS = re.compile(
@@ -14485,7 +14568,7 @@ class Redactor:
             return self._enciphered(text)
         if key == "err":  # a record's is told by its status
             return MASKED
-        if key == "finish_reason" and re.match(r"^[a-z_]{1,24}$", text):
+        if key == "finish_reason" and text in FINISHES:
             return text
         return self._masked()
 
@@ -14721,8 +14804,8 @@ def read_run(path: str, collector: Collector, notice: Callable[[str], None]) -> 
     number = 0
     for number, line in enumerate(read_lines(path, notice), 1):
         try:
-            if number == 1 and not isinstance(line["run"].get("config", {}), dict):
-                raise TypeError("no configuration")
+            if number == 1 and "run" not in line:
+                raise TypeError("no header")
             collector.add(line)
         except (LookupError, TypeError, ValueError, AttributeError):
             what = "is not a record; restore or remove that line"
@@ -14784,6 +14867,15 @@ class WholeFile:
             raise WriteError("%s could not be written: %s" % (self._path, error.strerror or error)) from None
 
 
+@contextlib.contextmanager
+def refusing_excess(path: str) -> Iterator[None]:
+    """Refuses a file whose numbers are too large to reckon with: no run has them; raises UserError."""
+    try:
+        yield
+    except OverflowError:
+        raise UserError("%s holds a number that no run has; restore the file as the run left it" % path) from None
+
+
 def build_outputs(
     directory: str, assets: Mapping[str, bytes], notice: Callable[[str], None], forms: Sequence[str] = (),
     language: str = "en",
@@ -14798,18 +14890,19 @@ def build_outputs(
         for line in read_run(path, collector, notice):
             if "request_id" in line:
                 file.write(csv_row(line))
-    summary = summarize(collector)
-    with WholeFile(os.path.join(directory, SUMMARY)) as file:
-        json.dump(summary, file, ensure_ascii=False, indent=2)
-        file.write("\n")
-    header = {**collector.header, "results_sha256": file_digest(path)}
-    stages = collector.rows()
-    for form in forms:
-        name, make = FORMS[form]
-        with WholeFile(os.path.join(directory, name)) as file:
-            file.write(make(read_page(assets), language, summary, header, stages, collector.end))
-    with WholeFile(os.path.join(directory, REPORT)) as file:
-        file.write(render_report(summary, header, stages, collector.end, assets))
+    with refusing_excess(path):
+        summary = summarize(collector)
+        with WholeFile(os.path.join(directory, SUMMARY)) as file:
+            json.dump(summary, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        header = {**collector.header, "results_sha256": file_digest(path)}
+        stages = collector.rows()
+        for form in forms:
+            name, make = FORMS[form]
+            with WholeFile(os.path.join(directory, name)) as file:
+                file.write(make(read_page(assets), language, summary, header, stages, collector.end))
+        with WholeFile(os.path.join(directory, REPORT)) as file:
+            file.write(render_report(summary, header, stages, collector.end, assets))
     return summary
 
 
@@ -14860,8 +14953,12 @@ def digest_of_lines(path: str) -> bytes:
     return digest.digest()
 
 
-def unpack_run(path: str, directory: str) -> None:
-    """results.jsonl of an archive in a new directory; raises UserError, WriteError. A bad archive leaves nothing."""
+@contextlib.contextmanager
+def opened_run(path: str, directory: str) -> Iterator[None]:
+    """results.jsonl of an archive in a new directory; raises UserError, WriteError.
+
+    One that is refused, here or by who builds the other files of it, leaves nothing.
+    """
     check_directory(directory)
     made = not os.path.isdir(directory)
     make_directory(directory)
@@ -14869,7 +14966,11 @@ def unpack_run(path: str, directory: str) -> None:
         with WholeFile(os.path.join(directory, RESULTS)) as file:
             for raw in raw_lines(path):
                 file.buffer.write(raw)
+        yield
     except BaseException:
+        for name in RUN_FILES:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, name))
         if made:
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
@@ -14919,8 +15020,12 @@ def read_runs(
     twice = [directory for directory, place in zip(directories, places) if places.count(place) > 1]
     if twice:
         raise UserError("%s is given twice; name each run's directory once" % twice[-1])
-    return [compared_run(letter, directory, collect_run(directory, notice), conditions)
-            for letter, directory in zip(LETTERS, directories)]
+    runs = []
+    for letter, directory in zip(LETTERS, directories):
+        collector = collect_run(directory, notice)
+        with refusing_excess(directory):
+            runs.append(compared_run(letter, directory, collector, conditions))
+    return runs
 
 
 def write_comparison(
@@ -19345,9 +19450,8 @@ def command_report(words: Sequence[str]) -> int:
         raise UserError("--out is for an archive; a directory's files are built where they are")
     directory = given.out or (archive_stem(path) if archived else given.place)
     try:
-        if archived:
-            unpack_run(path, directory)
-        rebuild(directory, given)
+        with opened_run(path, directory) if archived else contextlib.nullcontext():
+            rebuild(directory, given)
     except WriteError as error:
         sys.stderr.write("llmbench: error: %s\n" % error)
         return EXIT_WRITE
@@ -19414,7 +19518,8 @@ def compare_parser() -> ArgumentParser:
         prog="llmbench compare", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="sets runs side by side: one offline page and a table of what differs, in set-up and figures",
         epilog="exit status: 0 done; 1 a --fail-if is shown to hold; 2 usage; 5 the page could not be written; with\n"
-        "--fail-if also 3 a run has no successful request, 4 a run is INVALID: nothing is judged",
+        "--fail-if also 3 a run has no successful request, 4 a run is INVALID: nothing is judged. A --fail-if that\n"
+        "can't be judged for lack of requests is said on stderr and does not fail",
     )  # fmt: skip
     parser.add_argument("directories", metavar="DIR", nargs="+",
                         help="a directory that a run left, or an archive; the others are compared with the first")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from certificates import Authority
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORTED = ["3.7", "3.8", "3.9", "3.10", "3.11", "3.12", "3.13"]
@@ -48,6 +50,20 @@ def pyz() -> Path:
     if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in sources):
         subprocess.run([sys.executable, str(ROOT / "build.py")], check=True, stdout=subprocess.DEVNULL)
     return target
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """A certificate authority of the tests' own."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here to make certificates with")
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def good_tls(authority: Authority) -> ssl.SSLContext:
+    """Of a server whose certificate is for this host and signed by that authority."""
+    return authority.server_side()
 
 
 @pytest.fixture(params=["checkout", "pyz"])

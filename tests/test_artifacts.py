@@ -480,3 +480,74 @@ def test_two_hundred_thousand_records_are_summarised_in_bounded_memory_and_time(
     assert int(done.stdout) * scale < 400e6
     assert time.monotonic() - began < 60
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["requests"]["success"] == 200000
+
+
+# --- a results.jsonl that somebody edited -----------------------------------------------------------------------------
+
+HEADER, PLAN, AUDIT = (json.loads(text) for text in (
+    '{"llmbench":"1","run":{"run_id":"r","model":"m","config":{"concurrency":[1],"slo":["ttft.p95<=800ms"],'
+    '"token_mode":"usage","prompts":{"source":"built-in","count":3}}}}',
+    '{"stage":{"index":0,"load":{"concurrency":1},"total":5,"warmup":0}}',
+    '{"audit":{"stage":0,"part":0,"wall_ms":5000.0,"cpu_percent":3.5,"loop_delay_max_ms":1.5,"due":5,"started":5,'
+    '"dropped":0,"date_offset_ms":[-1.0,2.0],"lag_hist":{"300":7},"network":{"address":"10.0.0.7:443"}}}',
+))  # fmt: skip
+WRONG = ("x", None, [], {}, True, 1e308, -1, 10**30, ["x"], {"x": "x"})
+
+
+def places(tree, way=()):
+    """The way to each value in a tree."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield (*way, key)
+        if isinstance(value, (dict, list)):
+            yield from places(value, (*way, key))
+
+
+def edited(line, way, value):
+    """A line with another value in one place."""
+    line = json.loads(json.dumps(line))
+    tree = line
+    for key in way[:-1]:
+        tree = tree[key]
+    tree[way[-1]] = value
+    return line
+
+
+def outcome(directory, lines):
+    """What becomes of a file: its summary, or the one line that refuses it. Anything else is raised."""
+    write_lines(directory, lines)
+    try:
+        return llmbench.build_outputs(str(directory), ASSETS, [].append)
+    except llmbench.UserError as error:
+        assert str(error).count("\n") == 0
+        return str(error)
+
+
+@pytest.mark.parametrize("which", range(3), ids=["header", "plan", "audit"])
+def test_a_line_of_wrong_types_is_refused_by_its_number_or_harmless(tmp_path, which):
+    lines = [HEADER, PLAN, *(record(float(n), first=100.0 + n) for n in range(5)), AUDIT, {"end": {"reason": "done"}}]
+    at = [0, 1, 7][which]
+    assert outcome(tmp_path, lines)["requests"]["success"] == 5
+    refused = set()
+    for way in places(lines[at]):
+        for value in WRONG:
+            made = outcome(tmp_path, [*lines[:at], edited(lines[at], way, value), *lines[at + 1 :]])
+            if isinstance(made, str):
+                refused.add(way)
+                expected = ("line %d " % (at + 1), "of format", "--slo", "a number that no run has")
+                assert any(said in made for said in expected)
+    telling = [
+        {("run", "config", "slo"), ("run", "config", "prompts"), ("run", "config", "concurrency")},
+        {("stage", "index"), ("stage", "load", "concurrency"), ("stage", "total")},
+        {("audit", "stage"), ("audit", "lag_hist"), ("audit", "network", "address"), ("audit", "cpu_percent")},
+    ]
+    assert telling[which] <= refused
+
+
+@pytest.mark.parametrize("key", ["latency_ms", "ttft_ms", "start_ms", "ttft_from_scheduled_ms", "connect_ms"])
+@pytest.mark.parametrize("value", [1e308, -1e308, 10**30])
+def test_a_time_that_no_run_has_is_refused(tmp_path, key, value):
+    lines = [HEADER, PLAN, *(record(float(n)) for n in range(5)), {**record(9.0), key: value}, AUDIT]
+    made = outcome(tmp_path, lines)
+    assert isinstance(made, dict) or "line 8 is not a record" in made or "a number that no run has" in made
+    if key == "latency_ms":
+        assert "line 8" in made

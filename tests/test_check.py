@@ -8,7 +8,6 @@ import hashlib
 import hmac
 import json
 import re
-import shutil
 import ssl
 import string
 import subprocess
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import gateways
 import pytest
-from certificates import Authority
 from checking import FRAMES, PAUSE, Checked, check, counted, endpoint, good, role, stream, words_of
 from running import CHECKOUT
 from servers import (
@@ -49,13 +47,6 @@ def plain_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LC_ALL", "C.UTF-8")
     monkeypatch.setattr(llmbench, "EXPIRES_SOON", 1.0)  # the authority's certificates are for two days
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl to make certificates with")
-    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="module")

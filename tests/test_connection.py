@@ -108,18 +108,6 @@ def fail_to_open(url, **given):
 # Certificates.
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl here to make certificates with")
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
-def good_tls(authority):
-    return authority.server_side()
-
-
 @pytest.fixture(params=["plain", "tls"])
 def wire(request):
     """Both kinds of connection: the server's TLS context and the client's settings."""

@@ -596,7 +596,8 @@ def test_the_cipher_of_checksums_is_one_to_one():
 
 def test_a_key_that_nobody_knows_is_not_let_through():
     line = {"request_id": "r-0-1", "status": "ok", "novel": "secret", "more": {"deep": ["secret", 3, {"x": "secret"}]},
-            "count": 7, "flag": True, "a secret key": "x", "finish_reason": "Secret reason"}  # fmt: skip
+            "count": 7, "flag": True, "a secret key": "x", "finish_reason": "secret_reason"}  # fmt: skip
+    assert llmbench.Redactor(b"k").line({**line, "finish_reason": "length"})["finish_reason"] == "length"
     made = llmbench.Redactor(b"k").line(line)
     assert "ecret" not in json.dumps(made).replace("[redacted]", "")
     assert (made["count"], made["flag"], made["more"]["deep"][1]) == (7, True, 3)
@@ -706,10 +707,20 @@ def test_a_bomb_takes_no_memory(tmp_path, name):
     tracemalloc.start()
     try:
         with pytest.raises(llmbench.UserError):
-            llmbench.unpack_run(str(tmp_path / "bad.tar.gz"), str(tmp_path / "out"))
+            llmbench.opened_run(str(tmp_path / "bad.tar.gz"), str(tmp_path / "out")).__enter__()
         assert tracemalloc.get_traced_memory()[1] < 3 * llmbench.ARCHIVE_LINE
     finally:
         tracemalloc.stop()
+
+
+def test_an_archive_whose_lines_are_none_of_a_run_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = made_run()
+    packed(write_lines(tmp_path / "run", lines), tmp_path / "a.tar.gz")
+    monkeypatch.setattr(llmbench, "summarize", lambda collector: (_ for _ in ()).throw(OverflowError()))
+    status, _, errors = run_main(capsys, "report", "a.tar.gz", "--out", "opened")
+    assert status == 2 and errors.count("\n") == 1 and "a number that no run has" in errors
+    assert not (tmp_path / "opened").exists()
 
 
 def test_a_good_archive_of_the_same_form_opens(tmp_path, capsys):

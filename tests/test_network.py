@@ -8,7 +8,6 @@ import contextlib
 import ipaddress
 import os
 import random
-import shutil
 import socket
 import ssl
 import sys
@@ -171,18 +170,6 @@ def replies(data: bytes, then: str = "close", pause: float = 0.0) -> Any:
 
 
 # Certificates and a network.
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl here to make certificates with")
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
-def good_tls(authority):
-    return authority.server_side()
 
 
 @pytest.fixture(scope="module")

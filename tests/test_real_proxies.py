@@ -37,13 +37,6 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmbench, "EXPIRES_SOON", 1.0)  # the authority's certificates are for two days
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl to make certificates with")
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
 # The programs.
 
 
