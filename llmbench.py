@@ -483,7 +483,6 @@ class Config:
             return max(10, 2 * streams) if rate is None else max(20, math.ceil(10 * rate))
         return self.total_requests
 
-
     @property
     def host(self) -> Tuple[int, int]:
         """This host's number and how many hosts there are: (0, 1) without --shard."""
@@ -837,6 +836,8 @@ def log_bucket(seconds: float) -> int:
 def bucket_ms(bucket: int) -> float:
     """The value a bucket stands for, in ms: its geometric middle; 0 for the bucket below 1 µs."""
     return math.exp((bucket - 0.5) * LOG_STEP) / 1000.0 if bucket else 0.0
+
+
 # ==================================================================================================
 # 2. SSE: bytes in, events out, whatever the chunking
 # ==================================================================================================
@@ -1034,6 +1035,8 @@ class NDJSONParser:
             self._size += len(piece)
             if self._size > self._limit:
                 raise ParseError("a line is longer than %d bytes" % self._limit)
+
+
 # ==================================================================================================
 # 3. HTTP: a request to bytes; response bytes to body bytes
 # ==================================================================================================
@@ -1414,6 +1417,8 @@ class ResponseReader:
                 rest, self._buffer = self._buffer, b""
                 self._finish(rest)
                 return b""
+
+
 # ==================================================================================================
 # 4. Steps: what a signature is computed with
 # ==================================================================================================
@@ -3488,6 +3493,13 @@ class Provider:
         if wanted:
             tree.update((name, EXACT_FIELDS[name](wanted)) for name in dialect.exact_fields())
         return tree
+
+    def models_request(self, endpoint: Endpoint) -> HTTPRequest:
+        """The GET request for the list of models."""
+        ours = [("Host", endpoint.authority), ("User-Agent", "llmbench/" + __version__),
+                ("Accept", "application/json"), ("Accept-Encoding", "identity")]  # fmt: skip
+        headers = replace_headers(ours + self.authorization(endpoint), self.config.header)
+        return HTTPRequest(self.models_target(endpoint), headers, b"")
 
     def models_target(self, endpoint: Endpoint) -> str:
         """The request target that lists the models, beside this endpoint's own; "" where there is no such list."""
@@ -5619,6 +5631,8 @@ def make_unique(prompt: Prompt, request_id: str) -> Prompt:
             messages[position] = {**message, "content": headed}
             break
     return prompt.saying(messages)
+
+
 # ==================================================================================================
 # 9. Statistics: records to a summary, pure
 # ==================================================================================================
@@ -6428,7 +6442,6 @@ def judged_percentile(n: int) -> str:
 def part_of(part: float, whole: float) -> float:
     """part / whole in %; 0 of nothing."""
     return 100.0 * part / whole if whole else 0.0
-
 
 
 def client_reasons(rows: Rows, stage: Mapping[str, Any]) -> Iterator[Reason]:
@@ -7645,6 +7658,8 @@ def unlike_lengths(letter: str, pairs: Sequence[ComparedPair]) -> Iterator[Unfai
     worst = max(shares, default=(0.0, 0.0, 0.0))
     if worst[0] > CACHED_APART:
         yield Unfair("cached", letter, {"first": worst[1] / 100.0, "second": worst[2] / 100.0})
+
+
 # ==================================================================================================
 # 11. Load: which request belongs to which part, and when it is due
 # ==================================================================================================
@@ -8925,6 +8940,8 @@ def wake_kernel_stamps() -> socket.socket:
                 peer.send(b"x")
                 keeper.recv(1)
     return keeper
+
+
 # ==================================================================================================
 # 13. Exchange: one request from its first byte to its end
 # ==================================================================================================
@@ -10424,7 +10441,9 @@ def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
     secrets = [spelling for secret in secrets for spelling in spellings(secret)]
     return sorted((secret for secret in secrets if len(secret) > 3), key=len, reverse=True)
 
+
 def read_secret(text: str, flag: str) -> str:
+
     """A secret given as itself, env:NAME, file:PATH or cmd:COMMAND; raises UserError, which never shows it."""
     kind, colon, rest = text.partition(":")
     if colon and kind == "env":
@@ -12293,8 +12312,6 @@ def answered_curves(page: Page, stage: StageView) -> Optional[Chart]:
     return Chart(spec, page.said("finding.answered", figures=words), page.said("panel.answered.sub"))
 
 
-
-
 def gap_edge(bucket: int) -> float:
     """The lower edge of a bucket of itl_hist in ms; bucket 0 holds everything below a microsecond."""
     return 0.001 * math.exp((bucket - 1) * LOG_STEP) if bucket else 0.0
@@ -13928,7 +13945,6 @@ def code(text: object, most: int = 160) -> str:
     ticks = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     blanks = [" " * (edge == "`") for edge in (shown[0], shown[-1])]
     return ticks + blanks[0] + shown + blanks[1] + ticks
-
 
 
 def prose(text: str) -> str:
@@ -15791,6 +15807,8 @@ def summary_notes(summary: Mapping[str, Any], texts: Mapping[str, str], paint: C
         if len(summary["errors"]) > 5:
             lines.append("  " + texts["terminal.more_failures"].format(n=len(summary["errors"]) - 5))
     return lines
+
+
 def plan_lines(stages: Sequence[Stage], bounds: Bounds, facts: Sequence[Tuple[str, str]], texts: Mapping[str, str],
                shown: int = 12) -> List[str]:
     """What --dry-run prints of a run: facts as (label, value), its stages, and what it comes to at the worst."""
@@ -17004,10 +17022,7 @@ async def first_model(provider: Provider, endpoint: Endpoint, network: Network) 
         return provider.name
     if not target:
         raise UserError("provider %s has no list of models; give --model" % provider.name)
-    headers = [("Host", endpoint.authority), ("User-Agent", "llmbench/" + __version__), ("Accept", "application/json"),
-               ("Accept-Encoding", "identity"), ("Connection", "close")]  # fmt: skip
-    headers = replace_headers(headers + provider.authorization(endpoint), provider.config.header)
-    payload = sign_now(network, provider, HTTPRequest(target, headers, b""), "GET")
+    payload = sign_now(network, provider, provider.models_request(endpoint), "GET")
     try:
         head, body = await fetch(network, payload, min(30.0, provider.config.timeout))
         if head.status == 407:
@@ -17020,6 +17035,8 @@ async def first_model(provider: Provider, endpoint: Endpoint, network: Network) 
         return provider.model_ids(parse_json(body))[0]
     except (ParseError, LookupError):
         raise UserError("GET %s (HTTP %d) lists no model; give --model" % (target, head.status)) from None
+
+
 def fit_endpoint(
     config: Config, workload: Workload, ask: Callable[[Prompt, str], Record]
 ) -> Fit:
@@ -18132,11 +18149,7 @@ class Preflight:
         return provider
 
     async def _ask_models(self, name: str) -> Reply:
-        headers = [("Host", self.endpoint.authority), ("User-Agent", "llmbench/" + __version__),
-                   ("Accept", "application/json"), ("Accept-Encoding", "identity")]  # fmt: skip
-        headers = replace_headers(headers + self.provider.authorization(self.endpoint), self.config.header)
-        request = HTTPRequest(self.provider.models_target(self.endpoint), headers, b"")
-        return await self._send(name, "GET", request, self.provider)
+        return await self._send(name, "GET", self.provider.models_request(self.endpoint), self.provider)
 
     def _chat(self, name: str, provider: Provider, dialect: Dialect, tokens: Optional[int] = None) -> HTTPRequest:
         """A chat of one question. tokens: of an answer that is to have so many."""
