@@ -18997,7 +18997,7 @@ class Session:
                 return self._show_plan()
             network = Network(self.endpoint, config, self.poll)
             self.loop.run_until_complete(self.keeper.first())
-            self._try_signing(network)
+            self._try_signing()
             if not config.model:
                 config.model = self.loop.run_until_complete(first_model(self.provider, self.endpoint, network))
             started = time.time()
@@ -19017,7 +19017,7 @@ class Session:
             close_loop(self.loop)
             self.stamps.close()
 
-    def _try_signing(self, network: Network) -> None:
+    def _try_signing(self) -> None:
         """Signs a request that is not sent: what can't be signed or written is one line now, before there are files."""
         request_id, dialect = self.config.run_id + "-0", self.provider.dialect.copy()
         prompt = Prompt(request_id, [{"role": "user", "content": "?"}])
