@@ -7377,7 +7377,7 @@ def chances_of(stages: Sequence[ComparedStage], metric: str, stat: str) -> Optio
     return percentile_chances(samples, stat)
 
 
-def changed(metric: str, before: float, after: float, relative: bool) -> Optional[float]:
+def changed(before: float, after: float, relative: bool) -> Optional[float]:
     """The change between two values; None as a share of nothing."""
     if not relative:
         return after - before
@@ -7390,7 +7390,7 @@ def difference_of(first: ComparedStage, second: ComparedStage, metric: str, stat
     found = Difference(metric, stat, (before, after), (n, m))
     if before is None or after is None:
         return found
-    found.change, found.word = changed(metric, before, after, relative), "few"
+    found.change, found.word = changed(before, after, relative), "few"
     chances = chances_of((first, second), metric, stat)
     if chances is None or found.change is None:
         return found
@@ -13069,7 +13069,7 @@ def client_row(title: Text, limit: Text, value: Text, kept: Optional[bool]) -> T
     return kind, [Cell(title), Cell(limit, "number"), Cell(value, "number value"), Cell(mark, "mark value")]
 
 
-def measured_as(page: Page, value: Optional[float], unit: str) -> Text:
+def measured_as(value: Optional[float], unit: str) -> Text:
     """A figure of the audit with its unit."""
     if unit == "%":
         return Both("%.3g\u00a0%%" % (value or 0), "%.3g%%" % (value or 0))
@@ -13099,14 +13099,14 @@ def client_table(page: Page, summary: Mapping, stages: Sequence[StageView], end:
     for check in CLIENT_CHECKS:
         value, limit = client_value(client, check.field), client_limit(check, summary)
         if value is not None:
-            limit_text = measured_as(page, limit, check.unit) if limit is not None else ""
-            rows.append(client_row(page.said(check.title), limit_text, measured_as(page, value, check.unit),
+            limit_text = measured_as(limit, check.unit) if limit is not None else ""
+            rows.append(client_row(page.said(check.title), limit_text, measured_as(value, check.unit),
                                    value <= limit if limit is not None else None))
     rows += rate_rows(page, stages)
     floor = client.get("selftest")
     if floor:
         title = page.said("client.floor", streams=floor["streams"])
-        rows.append(client_row(title, "", measured_as(page, floor["first_p99_ms"], "ms"), None))
+        rows.append(client_row(title, "", measured_as(floor["first_p99_ms"], "ms"), None))
     dropped = sum(stage.requests.get("dropped", 0) for stage in stages)
     if any(stage.is_open for stage in stages):
         rows.append(client_row(page.said("client.dropped"), "0", count(dropped), not dropped))
@@ -13727,7 +13727,7 @@ def compared_stage_block(page: Page, first: ComparedRun, group: LoadGroup, lette
     return joined(([page.fill("thirds", panels=joined(panels))] if panels else []) + tables)
 
 
-def overview_row(page: Page, one: Against, pair: ComparedPair) -> Tuple[str, List[Cell]]:
+def overview_row(page: Page, pair: ComparedPair) -> Tuple[str, List[Cell]]:
     """One load of the table over several: the change of each headline."""
     cells = [Cell(in_both(page, load_words, pair.first.name))]
     for metric, stat in HEADLINES:
@@ -13750,7 +13750,7 @@ def overview_tables(page: Page, first: ComparedRun, against: Sequence[Against]) 
             continue
         head = [[Cell(page.said("column.load"))] + [Cell(in_both(page, figure_words, metric, stat), "number")
                                                     for metric, stat in HEADLINES]]
-        rows = [overview_row(page, one, pair) for pair in one.pairs]
+        rows = [overview_row(page, pair) for pair in one.pairs]
         made.append(page.fill("plain_panel", kind="wide", title=page.said(
             "change.title", a=first.letter, b=one.run.letter), sub=page.said("compare.overview.sub"),
             tools=page.fill("copy"), content=table(page, head, rows, "changes overview")))
