@@ -5695,7 +5695,8 @@ def describe(values: Sequence[float]) -> Optional[Dict[str, Any]]:
     if not n:
         return None
     mean = math.fsum(values) / n  # exact in any order; in the values' own, memory is read as it lies
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1)) if n > 1 else 0.0
+    squares = map(pow, map(mean.__rsub__, values), itertools.repeat(2))
+    spread = math.sqrt(math.fsum(squares) / (n - 1)) if n > 1 else 0.0
     ordered = sorted(values)
     figures: Dict[str, Any] = {"n": n, "mean": mean, "stdev": spread, "min": ordered[0]}
     figures.update(percentiles(ordered))
@@ -5745,6 +5746,7 @@ def histogram_quantile(ordered: Sequence[Tuple[int, int]], n: int, share: float)
 RECORDED = tuple(name for name in COLUMNS if name != "end_ms")  # what a column takes from a record as it stands
 UNKNOWN = itertools.repeat(NAN)
 WAITING = 512 * len(RECORDED)  # values, 90 kB of them: they stay in the processor's cache
+NOTHING = array.array("d", [NAN])
 
 
 SLOWEST = 10  # requests that the report shows one by one
@@ -5758,7 +5760,9 @@ class Rows:
         self.stage = stage
         self.load = load
         self.status: List[str] = []
-        self._columns: Dict[str, array.array] = {name: array.array("d") for name in COLUMNS}
+        self._columns: Dict[str, array.array] = {"end_ms": array.array("d")}  # and those of which a value is known
+        self._unknown = array.array("d")  # what each of the others holds
+        self._settled = 0  # rows that are in their columns
         self._answered = bytearray()  # 1 for each successful request, 0 for another
         self._waiting = array.array("d")  # the last records one after the other, not yet in their columns
         self._gaps: Dict[str, int] = {}  # how many lie in each bucket, the bucket as a record's JSON names it
@@ -5817,17 +5821,25 @@ class Rows:
             self._settle()
 
     def _settle(self) -> None:
-        """Moves what waits into its columns."""
+        """Moves what waits into its columns; one of which nothing is known yet takes no memory."""
+        number = len(self._waiting) // len(RECORDED)
         for place, name in enumerate(RECORDED):
-            self._columns[name].extend(self._waiting[place :: len(RECORDED)])
+            values = self._waiting[place :: len(RECORDED)]
+            if name in self._columns:
+                self._columns[name].extend(values)
+            elif any(value == value for value in values):
+                self._columns[name] = NOTHING * self._settled + values
+        self._settled += number
         del self._waiting[:]
 
     @property
     def columns(self) -> Dict[str, array.array]:
-        """The columns by name."""
+        """The columns by name, to be read only: those of which nothing is known are one and the same."""
         if self._waiting:
             self._settle()
-        return self._columns
+        if len(self._unknown) != len(self):
+            self._unknown = NOTHING * len(self)
+        return {name: self._columns.get(name, self._unknown) for name in COLUMNS}
 
     @property
     def itl_hist(self) -> Dict[int, int]:
@@ -5839,7 +5851,14 @@ class Rows:
 
     def successful(self, name: str) -> List[float]:
         """The known values of a column over successful requests."""
-        return [value for value in itertools.compress(self.columns[name], self._answered) if value == value]
+        values = list(itertools.compress(self.columns[name], self._answered))
+        total = sum(values)  # not known as soon as one of them is not
+        return values if total == total else [value for value in values if value == value]
+
+    def known(self, name: str) -> array.array:
+        """The rows of successful requests of which a column's value is known."""
+        answered = zip(self._answered, self.columns[name])
+        return array.array("L", (row for row, (ok, value) in enumerate(answered) if ok and value == value))
 
     def total(self, name: str) -> int:
         """The sum of a count column over successful requests."""
@@ -6086,17 +6105,15 @@ def load_names(loads: Sequence[Mapping[str, float]]) -> List[Dict[str, float]]:
     return names
 
 
-def own_waits(rows: Rows) -> List[Tuple[float, float]]:
+def own_waits(rows: Rows) -> Iterator[Tuple[float, float]]:
     """Of each request that was sent: when it was due, and how long it waited by this client's own fault, in ms.
 
     The wait for a free slot under a cap is what the user asked for; it is no fault of the client's.
     """
     columns = rows.columns
-    return [
-        (due, wait - capped if capped == capped else wait)
-        for due, wait, capped in zip(columns["scheduled_ms"], columns["queue_ms"], columns["capped_ms"])
-        if wait == wait and due == due
-    ]
+    for due, wait, capped in zip(columns["scheduled_ms"], columns["queue_ms"], columns["capped_ms"]):
+        if wait == wait and due == due:
+            yield due, wait - capped if capped == capped else wait
 
 
 def rates_of(rows: Rows) -> Dict[str, float]:
@@ -6116,11 +6133,31 @@ def rates_of(rows: Rows) -> Dict[str, float]:
     return {"requested_rps": round(requested, 4), "achieved_rps": round(achieved, 4)}
 
 
-def sorted_spans(rows: Rows) -> Tuple[List[float], List[float]]:
+def sorted_spans(rows: Rows) -> Tuple[array.array, array.array]:
     """When the requests that were sent started, and when they ended, in ms, each in order."""
-    starts = sorted(start for start in rows.columns["start_ms"] if start == start)
+    starts = array.array("d", sorted(start for start in rows.columns["start_ms"] if start == start))
     spans = zip(rows.columns["start_ms"], rows.columns["end_ms"])
-    return starts, sorted(end for start, end in spans if start == start)
+    return starts, array.array("d", sorted(end for start, end in spans if start == start))
+
+
+def ordered_places(
+    values: Sequence[float], places: Sequence[int], ties: Optional[Sequence[float]] = None
+) -> array.array:
+    """These places of a column by their value, and where that is the same by another column or as they come.
+
+    They are sorted in some twenty parts, one after the other: sorting a million at once takes 80 MB.
+    """
+    key = values.__getitem__ if ties is None else lambda place: (values[place], ties[place])
+    bounds = sorted(values[place] for place in evenly(places, 20))
+    parts = [array.array("L") for _ in range(len(bounds) + 1)]
+    for place in places:
+        parts[bisect.bisect_right(bounds, values[place])].append(place)
+    return array.array("L", itertools.chain.from_iterable(sorted(part, key=key) for part in parts))
+
+
+def evenly(items: Sequence[int], most: int) -> Sequence[int]:
+    """At most so many of the items, at equal distances in their order."""
+    return items if len(items) <= most else [items[index * len(items) // most] for index in range(most)]
 
 
 def streams_in(rows: Rows) -> int:
@@ -6379,13 +6416,13 @@ def lasts(before: Sequence[float], after: Sequence[float]) -> bool:
     return True
 
 
-def find_shift(pairs: Sequence[Tuple[float, float]]) -> Optional[Shift]:
-    """The lasting shift in (start, value) pairs ordered by start; None where there is none, or too little to tell."""
-    if len(pairs) < DRIFT_REQUESTS:
+def find_shift(starts: Sequence[float], values: Sequence[float]) -> Optional[Shift]:
+    """The lasting shift in values ordered by their starts; None where there is none, or too little to tell."""
+    if len(starts) < DRIFT_REQUESTS:
         return None
-    number = min(DRIFT_WINDOWS, len(pairs) // DRIFT_WINDOW)
-    bounds = [index * len(pairs) // number for index in range(number + 1)]
-    windows = [sorted(value for _, value in pairs[low:high]) for low, high in zip(bounds, bounds[1:])]
+    number = min(DRIFT_WINDOWS, len(starts) // DRIFT_WINDOW)
+    bounds = [index * len(starts) // number for index in range(number + 1)]
+    windows = [sorted(values[low:high]) for low, high in zip(bounds, bounds[1:])]
     ends = [slow_end(window) for window in windows]
     split, z = best_split(ranks_of(ends))
     if z < DRIFT_Z or not lasts(ends[:split], ends[split:]):
@@ -6394,7 +6431,7 @@ def find_shift(pairs: Sequence[Tuple[float, float]]) -> Optional[Shift]:
     before, after = middle_of(p95s[:split]), middle_of(p95s[split:])
     if before <= 0 or abs(100.0 * after / before - 100.0) < DRIFT_SHARE:
         return None
-    return Shift(pairs[bounds[split]][0], before, after, len(pairs))
+    return Shift(starts[bounds[split]], before, after, len(starts))
 
 
 def span_words(milliseconds: float) -> str:
@@ -6477,8 +6514,12 @@ def late_percent(rows: Rows, limit: float, firsts: Iterable[float] = ()) -> floa
     moments, where there were several hosts.
     """
     first = min((due for due in rows.columns["scheduled_ms"] if due == due), default=0.0)
-    waits = [wait for due, wait in own_waits(rows) if due > first and due not in firsts]
-    return part_of(sum(wait > limit for wait in waits), len(waits))
+    late = judged = 0
+    for due, wait in own_waits(rows):
+        if due > first and due not in firsts:
+            judged += 1
+            late += wait > limit
+    return part_of(late, judged)
 
 
 def sample_reasons(rows: Rows, stage: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[Reason]:
@@ -6516,9 +6557,9 @@ def drift_reasons(rows: Rows, wall: float) -> Iterator[Reason]:
     starts = rows.columns["start_ms"]
     zero = min(start for start in starts if start == start)
     for metric, key in (("ttft", "drift"), ("latency", "drift_latency")):
-        columns = zip(rows.status, starts, rows.columns[metric + "_ms"])
-        pairs = [(start, value) for status, start, value in columns if status == "ok" and value == value]
-        shift = find_shift(sorted(pairs))
+        times = rows.columns[metric + "_ms"]
+        order = ordered_places(starts, rows.known(metric + "_ms"), times)
+        shift = find_shift(*(array.array("d", map(column.__getitem__, order)) for column in (starts, times)))
         if shift is None:
             continue
         values: Dict[str, Any] = {"share": abs(100.0 * shift.after / shift.before - 100.0)}
@@ -12361,23 +12402,13 @@ PHASES = ("cap", "queue", "connect", "head", "first", "think", "answer")
 PHASE_COLOURS = {"cap": "a"}  # the others have a colour of their own name
 
 
-def evenly(items: Sequence[int], most: int) -> Sequence[int]:
-    """At most so many of the items, at equal distances in their order."""
-    return items if len(items) <= most else [items[index * len(items) // most] for index in range(most)]
-
-
 def fastest_first(rows: "Rows") -> array.array:
     """The rows of the successful requests whose latency and beginning are known, by latency."""
     latencies = rows.columns["latency_ms"]
     columns = zip(rows.status, rows.columns["ttfb_ms"], rows.columns["ttfe_ms"], latencies)
     known = array.array("L", (row for row, (status, head, first, latency) in enumerate(columns)
                               if status == "ok" and head == head and first == first and latency == latency))
-    # Sorted in some twenty parts, one after the other: sorting a million rows at once takes 80 MB.
-    bounds = sorted(latencies[row] for row in evenly(known, 20))
-    parts = [array.array("L") for _ in range(len(bounds) + 1)]
-    for row in known:
-        parts[bisect.bisect_right(bounds, latencies[row])].append(row)
-    return array.array("L", itertools.chain.from_iterable(sorted(part, key=latencies.__getitem__) for part in parts))
+    return ordered_places(latencies, known)
 
 
 def phases_of(rows: "Rows", order: Sequence[int]) -> Iterator[array.array]:
