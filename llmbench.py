@@ -71,6 +71,7 @@ import urllib.parse
 import zlib
 from dataclasses import dataclass, field
 from typing import (
+    IO,
     TYPE_CHECKING,
     Any,
     Awaitable,
@@ -5766,8 +5767,10 @@ class Rows:
         self._answered = bytearray()  # 1 for each successful request, 0 for another
         self._waiting = array.array("d")  # the last records one after the other, not yet in their columns
         self._gaps: Dict[str, int] = {}  # how many lie in each bucket, the bucket as a record's JSON names it
-        self.itl_sum_ms, self.itl_min_ms, self.itl_max_ms = 0.0, math.inf, 0.0
+        self._gap_sums = array.array("d")  # of each answer that has gaps, in ms
+        self.itl_min_ms, self.itl_max_ms = math.inf, 0.0
         self.errors: Dict[Tuple[str, str], Dict[str, Any]] = {}
+        self._verbatim: Set[Tuple[str, str]] = set()  # those whose sample is what the endpoint sent
         self.warmup = 0
         self.compressed = self.not_streamed = self.buffered = self.no_finish = 0
         self.clocks: Set[str] = set()
@@ -5798,7 +5801,9 @@ class Rows:
     def _add_slow(self, record: Mapping[str, Any]) -> None:
         """One that is among the slowest so far: its row, and what no column holds."""
         names = {key: record[key] for key in NAMED if key in record}
-        entry = (record["latency_from_scheduled_ms"], 1 - len(self), names)  # of equals the first one is slower
+        self._keep_slow((record["latency_from_scheduled_ms"], 1 - len(self), names))  # of equals the first is slower
+
+    def _keep_slow(self, entry: Tuple[float, int, Dict[str, Any]]) -> None:
         (heapq.heappush if len(self._slow) < SLOWEST else heapq.heapreplace)(self._slow, entry)
         if len(self._slow) == SLOWEST:
             self._slow_from = self._slow[0][0]
@@ -5842,6 +5847,11 @@ class Rows:
         return {name: self._columns.get(name, self._unknown) for name in COLUMNS}
 
     @property
+    def itl_sum_ms(self) -> float:
+        """All inter-chunk gaps of the successful requests together."""
+        return math.fsum(self._gap_sums)
+
+    @property
     def itl_hist(self) -> Dict[int, int]:
         """The inter-chunk gaps of the successful requests, one histogram."""
         merged: Dict[int, int] = collections.defaultdict(int)
@@ -5877,7 +5887,7 @@ class Rows:
                 int(bucket)  # what is no number is refused here, where its line is known
                 gaps[bucket] = 0 + count
         if "itl_sum_ms" in record:
-            self.itl_sum_ms += record["itl_sum_ms"]
+            self._gap_sums.append(record["itl_sum_ms"])
             self.itl_min_ms = min(self.itl_min_ms, record["itl_min_ms"])
             self.itl_max_ms = max(self.itl_max_ms, record["itl_max_ms"])
 
@@ -5896,14 +5906,64 @@ class Rows:
 
     def _add_error(self, status: str, record: Mapping[str, Any]) -> None:
         err = record.get("err") or STATUSES.get(status, status)
-        key = error_key(err)
-        known = self.errors.setdefault((status, key), {"status": status, "key": key, "count": 0, "sample": err})
+        cause = (status, error_key(err))
+        known = self.errors.setdefault(cause, {"status": status, "key": cause[1], "count": 0, "sample": err})
         known["count"] += 1
         if "error_raw" in record:
             known["sample"] = record["error_raw"]
+            self._verbatim.add(cause)
         first = record.get("start_ms", record.get("scheduled_ms"))
         if first is not None:
             known["first_ms"] = min(first, known.get("first_ms", first))
+
+    def take_columns(self) -> Dict[str, array.array]:
+        """The columns of which a value is known; from now on they are the caller's and no longer here."""
+        if self._waiting:
+            self._settle()
+        columns, self._columns = self._columns, {}
+        return columns
+
+    def extend(self, other: "Rows", columns: Iterable[Tuple[str, array.array]]) -> None:
+        """The rows of this stage that come next in the file; `columns` are what `take_columns` gave of them.
+
+        Afterwards all is as if their records had been added one by one.
+        """
+        if self._waiting:
+            self._settle()
+        for latency, place, names in sorted(other._slow, key=lambda entry: entry[:2], reverse=True):
+            if latency > self._slow_from:
+                self._keep_slow((latency, place - len(self), names))
+        for name, column in columns:
+            self._columns.setdefault(name, NOTHING * self._settled).extend(column)
+        self.status += map(sys.intern, other.status)
+        self._settled = len(self)
+        for column in self._columns.values():
+            column.extend(NOTHING * (len(self) - len(column)))
+        self._answered += other._answered
+        self._texts += other._texts
+        self._gap_sums += other._gap_sums
+        self.itl_min_ms = min(self.itl_min_ms, other.itl_min_ms)
+        self.itl_max_ms = max(self.itl_max_ms, other.itl_max_ms)
+        for bucket, count in other._gaps.items():
+            self._gaps[bucket] = self._gaps.get(bucket, 0) + count
+        for name in ("warmup", "compressed", "not_streamed", "buffered", "no_finish"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.clocks |= other.clocks
+        self._extend_errors(other)
+
+    def _extend_errors(self, other: "Rows") -> None:
+        for cause, error in other.errors.items():
+            known = self.errors.get(cause)
+            if known is None:
+                self.errors[cause] = error
+                continue
+            known["count"] += error["count"]
+            if cause in other._verbatim:
+                known["sample"] = error["sample"]
+            firsts = [entry["first_ms"] for entry in (known, error) if "first_ms" in entry]
+            if firsts:
+                known["first_ms"] = min(firsts)
+        self._verbatim |= other._verbatim
 
 
 BURST_BUCKET = log_bucket(0.001)
@@ -5911,12 +5971,11 @@ BURST_BUCKET = log_bucket(0.001)
 
 def is_buffered(record: Mapping[str, Any]) -> bool:
     """Whether an answer was held back and came in a burst: nine tenths of its gaps below 1 ms, in 5 % of its time."""
+    if not record.get("itl_sum_ms", math.inf) < 0.05 * record.get("latency_ms", 0.0):  # so it is of most answers
+        return False
     gaps = record.get("itl_hist") or {}
     count = sum(gaps.values())
-    if count < 8 or "latency_ms" not in record:
-        return False
-    quick = record.get("itl_sum_ms", math.inf) < 0.05 * record["latency_ms"]  # of few answers: asked first
-    return quick and sum(number for bucket, number in gaps.items() if int(bucket) <= BURST_BUCKET) >= 0.9 * count
+    return count >= 8 and sum(number for bucket, number in gaps.items() if int(bucket) <= BURST_BUCKET) >= 0.9 * count
 
 
 def error_key(err: str) -> str:
@@ -6040,11 +6099,38 @@ class Collector:
         if plan["index"] in self.stages:
             self.stages[plan["index"]].load = self._load(plan["index"])
 
-    def _add_record(self, record: Mapping[str, Any]) -> None:
-        stage = record["stage"]
+    def pieces(self) -> Iterator[Any]:
+        """All that it holds, in pieces of a few MB for another collector's `extend`; afterwards it has no rows."""
+        stages, self.stages = self.stages, {}
+        yield self, len(stages)
+        while stages:
+            rows = stages.pop(min(stages))
+            columns = rows.take_columns()
+            yield rows, list(columns)
+            while columns:
+                yield columns.pop(next(iter(columns)))
+
+    def extend(self, pieces: Iterator[Any]) -> None:
+        """What comes next in the file, as another collector's `pieces` give it."""
+        other, stages = next(pieces)
+        self.header = other.header or self.header
+        for plan in other.plans.values():
+            self._add_plan(plan)
+        for _ in range(stages):
+            rows, names = next(pieces)
+            self._rows(rows.stage).extend(rows, ((name, next(pieces)) for name in names))
+        self.audits += other.audits
+        self.end = self.end if other.end is None else other.end
+        self.samples = {**other.samples, **self.samples}
+
+    def _rows(self, stage: int) -> Rows:
         rows = self.stages.get(stage)
         if rows is None:
             rows = self.stages[stage] = Rows(stage, self._load(stage))
+        return rows
+
+    def _add_record(self, record: Mapping[str, Any]) -> None:
+        rows = self._rows(record["stage"])
         if record["phase"] != "measure":
             rows.warmup += record["phase"] == "warmup"
             return
@@ -6122,10 +6208,12 @@ def rates_of(rows: Rows) -> Dict[str, float]:
     The latest hundredth of the starts is left out, so that one straggler at the end does not make a slow loop; a
     request that was dropped never started.
     """
+    if not is_open(rows.load):
+        return {}
     dues = sorted(due for due in rows.columns["scheduled_ms"] if due == due)
     kept = len(dues) - max(1, len(dues) // 100)
     starts = sorted(start for start in rows.columns["start_ms"] if start == start)[:kept]
-    if not is_open(rows.load) or kept < 2 or dues[kept - 1] <= dues[0] or not starts:
+    if kept < 2 or dues[kept - 1] <= dues[0] or not starts:
         return {}
     requested = 1000.0 * (len(dues) - 1) / (dues[-1] - dues[0])
     planned, took = dues[kept - 1] - dues[0], max(starts[-1], dues[kept - 1]) - dues[0]
@@ -10950,6 +11038,44 @@ class Crew:
         self.progress.__dict__.update(total)
 
 
+class Beside:
+    """A function that runs in a process of its own, while this one does something else; for a `with`.
+
+    An exception there ends it and is not told: who wants to know what it was does the same here. Only where processes
+    are forked, so that what it is given, as open files, needs not be picklable.
+    """
+
+    def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("fork")
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is told to this process, which ends that one
+        try:
+            self._process = context.Process(target=self._run, args=(function, arguments), daemon=True)
+            self._process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @staticmethod
+    def _run(function: Callable[..., None], arguments: Sequence[Any]) -> None:
+        try:
+            function(*arguments)
+        except Exception:
+            raise SystemExit(1) from None
+
+    def __enter__(self) -> "Beside":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def succeeded(self) -> bool:
+        """Whether the function came to its end, which is waited for."""
+        self._process.join()
+        return self._process.exitcode == 0
+
+
 def usable_cpus() -> int:
     """CPUs that this process may use: its affinity and its cgroup's quota, at least 1."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -11274,11 +11400,10 @@ def successful(rows: "Rows", name: str) -> List[float]:
 
 def successful_pairs(rows: "Rows", one: str, other: str) -> Tuple[array.array, array.array]:
     """Two columns over the successful requests of which both values are known."""
-    firsts, seconds = array.array("d"), array.array("d")
-    for status, first, second in zip(rows.status, rows.columns[one], rows.columns[other]):
-        if status == "ok" and first == first and second == second:
-            firsts.append(first)
-            seconds.append(second)
+    columns = rows.columns[one], rows.columns[other]
+    both = bytearray(status == "ok" and first == first and second == second
+                     for status, first, second in zip(rows.status, *columns))
+    firsts, seconds = (array.array("d", itertools.compress(column, both)) for column in columns)
     return firsts, seconds
 
 
@@ -12545,10 +12670,9 @@ class Buckets(NamedTuple):
     width: float
     number: int
 
-    def index(self, moment: float) -> int:
-        """The bucket of a moment; the very end belongs to the last one."""
-        index = int((moment - self.zero) // self.width)
-        return 0 if index < 0 else index if index < self.number else self.number - 1
+    def edges(self) -> List[float]:
+        """Where the second bucket begins, the third and so on: `bisect_right` in them is the bucket of a moment."""
+        return [self.zero + index * self.width for index in range(1, self.number)]
 
 
 def time_buckets(stage: StageView) -> Optional[Buckets]:
@@ -12569,18 +12693,18 @@ def time_buckets(stage: StageView) -> Optional[Buckets]:
 
 def by_bucket(buckets: Buckets, moments: Iterable[float], values: Iterable[float]) -> List[array.array]:
     """The known values in the buckets of their moments."""
-    held = [array.array("d") for _ in range(buckets.number)]
+    held, edges = [array.array("d") for _ in range(buckets.number)], buckets.edges()
     for moment, value in zip(moments, values):
         if moment == moment and value == value:
-            held[buckets.index(moment)].append(value)
+            held[bisect.bisect_right(edges, moment)].append(value)
     return held
 
 
 def spread(buckets: Buckets, spans: Iterable[Tuple[float, float, float]]) -> List[float]:
     """The amount per bucket of spans (from, to, amount), each amount spread evenly over its time."""
-    totals = [0.0] * buckets.number
+    totals, edges = [0.0] * buckets.number, buckets.edges()
     for begin, end, amount in spans:
-        first, last = buckets.index(begin), buckets.index(end)
+        first, last = bisect.bisect_right(edges, begin), bisect.bisect_right(edges, end)
         if first == last:
             totals[first] += amount
             continue
@@ -12666,12 +12790,9 @@ def written_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optiona
 
 def finished_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optional[Chart]:
     """Successful requests finished per second."""
-    ends = (end for status, end in zip(stage.rows.status, stage.rows.columns["end_ms"])
-            if status == "ok" and end == end)
-    finished = [0] * buckets.number
-    for end in ends:
-        finished[buckets.index(end)] += 1
-    values = whole_buckets(stage, buckets, finished)
+    ends, edges = successful(stage.rows, "end_ms"), buckets.edges()
+    finished = collections.Counter(map(functools.partial(bisect.bisect_right, edges), ends))
+    values = whole_buckets(stage, buckets, [finished[index] for index in range(buckets.number)])
     unit = page.said("unit.requests_per_s")
     spec = time_spec(buckets, "area", [{"colour": "a", "values": values}], unit)
     return Chart(spec, time_finding(page, "panel.time_requests", values, unit))
@@ -14720,6 +14841,7 @@ CSV_COLUMNS = tuple(name for name in Record.__dataclass_fields__ if name not in 
 CSV_FORM, CSV_COMMAS = ",".join(["%s"] * len(CSV_COLUMNS)), len(CSV_COLUMNS) - 1
 CSV_ODD = ('"', "=", "+", "@", "\t", "\r", "\n", "\0", ",-", "None")  # a row without: no quotes, no guards
 CSV_ABSENT = itertools.repeat("")
+CSV_HEAD = "\ufeff%s\r\n" % ",".join(CSV_COLUMNS)  # the mark by which a spreadsheet knows UTF-8
 
 
 def load_assets() -> Dict[str, bytes]:
@@ -14923,6 +15045,136 @@ def refusing_excess(path: str) -> Iterator[None]:
         raise UserError("%s holds a number that no run has; restore the file as the run left it" % path) from None
 
 
+# A large file is read in parts of equal size, each by a process on a CPU of its own: this one reads the first and then
+# takes over what the others found. Whatever is odd in any of them, a damaged line as much as a lost process, makes it
+# read the whole file alone: that is the way which knows what to say of it.
+
+PART_BYTES = 64 << 20  # of results.jsonl that are worth a process
+UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, StopIteration)
+PART_LINES = 20_000  # at a time, so that what a process holds is little
+MOST_PARTS = 4
+
+
+def collect_and_tabulate(path: str, table: str, notice: Callable[[str], None]) -> Collector:
+    """Reads a results.jsonl into a collector and writes its records to a results.csv; raises UserError, WriteError."""
+    bounds = part_bounds(path)
+    if len(bounds) > 2:
+        with contextlib.suppress(PartError):
+            return collect_in_parts(path, table, bounds)
+    collector = Collector()
+    with WholeFile(table) as file:
+        file.write(CSV_HEAD)
+        for line in read_run(path, collector, notice):
+            if "request_id" in line:
+                file.write(csv_row(line))
+    return collector
+
+
+class PartError(Exception):
+    """A part of a file could not be read as it should be."""
+
+
+def part_bounds(path: str) -> List[int]:
+    """Where the parts of a results.jsonl begin, and where the last one ends; two where one process reads it."""
+    bounds: Set[int] = set()
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        bounds = {0, size}
+        number = min(usable_cpus(), MOST_PARTS, size // PART_BYTES) if start_method() == "fork" else 1
+        for part in range(1, number):
+            file.seek(size * part // number)
+            file.readline()
+            bounds.add(file.tell())
+    return sorted(bounds)
+
+
+def collect_in_parts(path: str, table: str, bounds: Sequence[int]) -> Collector:
+    """As collect_and_tabulate, in several processes; raises PartError, WriteError."""
+    collector, (first, *others) = Collector(), zip(bounds, bounds[1:])
+    with contextlib.ExitStack() as stack:
+        parts = []
+        try:
+            for span in others:
+                rows, pieces = (stack.enter_context(beside_file(table)) for _ in range(2))
+                parts.append((rows, pieces, stack.enter_context(Beside(write_part, path, span, rows, pieces))))
+            file = stack.enter_context(WholeFile(table))
+            file.write(CSV_HEAD)
+            for found in read_part(path, first, file):
+                collector.extend(found.pieces())
+            if not collector.header:
+                raise PartError("the file has no header")
+            for rows, pieces, beside in parts:
+                if not beside.succeeded():
+                    raise PartError("a process could not read its part")
+                take_part(collector, file, rows, pieces)
+        except OSError as error:
+            raise PartError(str(error)) from None
+    return collector
+
+
+def beside_file(path: str) -> IO[bytes]:
+    """A file without a name in the directory of another one: it is gone with the processes that hold it open."""
+    import tempfile
+
+    return tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path)))
+
+
+def write_part(path: str, span: Tuple[int, int], rows: IO[bytes], pieces: IO[bytes]) -> None:
+    """Reads a part: its rows of results.csv go to one file, what collectors hold of it to another, None at its end."""
+    import pickle
+
+    table = io.TextIOWrapper(rows, encoding="utf-8", errors="replace", newline="")  # type: ignore[arg-type]
+    for found in read_part(path, span, table):
+        for piece in found.pieces():
+            pickle.dump(piece, pieces, pickle.HIGHEST_PROTOCOL)
+    pickle.dump(None, pieces)
+    table.flush()
+    pieces.flush()
+
+
+def take_part(collector: Collector, file: io.TextIOWrapper, rows: IO[bytes], pieces: IO[bytes]) -> None:
+    """Takes over what write_part made of the part that comes next."""
+    import pickle
+    import shutil
+
+    rows.seek(0)
+    pieces.seek(0)
+    told = iter(functools.partial(pickle.load, pieces), None)
+    for first in told:
+        collector.extend(itertools.chain((first,), told))
+    file.flush()
+    shutil.copyfileobj(rows, file.buffer, 1 << 20)
+
+
+def read_part(path: str, span: Tuple[int, int], table: TextIO) -> Iterator[Collector]:
+    """The lines from one byte to another in collectors of some thousand each, their rows in a table.
+
+    Raises PartError where a line is not as it should be.
+    """
+    scan, (place, end) = json.JSONDecoder().scan_once, span
+    with open(path, "rb") as lines:
+        lines.seek(place)
+        while place < end:
+            began, collector = place, Collector()
+            for raw in itertools.islice(lines, PART_LINES):
+                place += len(raw)
+                try:
+                    text = raw.decode("utf-8")
+                    line, length = scan(text, 0)
+                    if text[length:] != "\n" or line.get("llmbench", FORMAT) != FORMAT:
+                        raise ValueError("cut off, or of another format")
+                    collector.add(line)
+                except UNREADABLE as error:
+                    raise PartError(str(error)) from None
+                if "request_id" in line:
+                    table.write(csv_row(line))
+                if place >= end:
+                    break
+            if place == began:
+                raise PartError("the file became shorter")
+            yield collector
+
+
 def build_outputs(
     directory: str, assets: Mapping[str, bytes], notice: Callable[[str], None], forms: Sequence[str] = (),
     language: str = "en",
@@ -14931,18 +15183,17 @@ def build_outputs(
 
     Returns the summary.
     """
-    collector, path = Collector(), os.path.join(directory, RESULTS)
-    with WholeFile(os.path.join(directory, RESULTS_CSV)) as file:
-        file.write("\ufeff%s\r\n" % ",".join(CSV_COLUMNS))  # the mark by which a spreadsheet knows UTF-8
-        for line in read_run(path, collector, notice):
-            if "request_id" in line:
-                file.write(csv_row(line))
-    with refusing_excess(path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    path = os.path.join(directory, RESULTS)
+    collector = collect_and_tabulate(path, os.path.join(directory, RESULTS_CSV), notice)
+    with refusing_excess(path), ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(file_digest, path)  # a second of a large file; it needs no lock of the interpreter
         summary = summarize(collector)
         with WholeFile(os.path.join(directory, SUMMARY)) as file:
             json.dump(summary, file, ensure_ascii=False, indent=2)
             file.write("\n")
-        header = {**collector.header, "results_sha256": file_digest(path)}
+        header = {**collector.header, "results_sha256": digest.result()}
         stages = collector.rows()
         for form in forms:
             name, make = FORMS[form]

@@ -7,12 +7,13 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from made_records import made_run, record, write_lines
+from made_records import made_run, record, with_gaps, write_lines
 
 import llmbench
 from conftest import ROOT
@@ -480,6 +481,118 @@ def test_two_hundred_thousand_records_are_summarised_in_bounded_memory_and_time(
     assert int(done.stdout) * scale < 400e6
     assert time.monotonic() - began < 60
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["requests"]["success"] == 200000
+
+
+# --- a results.jsonl in parts -----------------------------------------------------------------------------------------
+
+in_parts = pytest.mark.skipif(llmbench.start_method() != "fork", reason="processes are not forked here")
+
+
+def files_of(directory, lines, notices=None):
+    """The bytes of the files that are made of these lines."""
+    write_lines(directory, lines)
+    llmbench.build_outputs(str(directory), ASSETS, ([] if notices is None else notices).append)
+    assert sorted(path.name for path in directory.iterdir()) == sorted((*OUTPUTS, "results.jsonl"))
+    return [(directory / name).read_bytes() for name in OUTPUTS]
+
+
+def small_parts(monkeypatch, lines=7, parts=3):
+    """Makes every file one that is read in parts; the list has an entry for each process that read one."""
+    spans, beside = [], llmbench.Beside
+    monkeypatch.setattr(llmbench, "PART_BYTES", 100)
+    monkeypatch.setattr(llmbench, "PART_LINES", lines)
+    monkeypatch.setattr(llmbench, "usable_cpus", lambda: parts)
+    monkeypatch.setattr(llmbench, "Beside", lambda *given: spans.append(given[2]) or beside(*given))
+    return spans
+
+
+def varied_run(seed, stages):
+    """A run in which everything occurs that a part has to add to the one before."""
+    draw = random.Random(seed)
+    lines = made_run(n=60, seed=seed, stages=stages, failing=0.3)
+    for line in lines:
+        if "request_id" not in line:
+            continue
+        if line["status"] == "ok":
+            gaps = [draw.choice((0.2, 3.0, draw.uniform(1, 90))) for _ in range(draw.randrange(12))]
+            line.update(with_gaps(line, gaps) if gaps else {})
+            line.update(draw.choice(({}, {"compressed": "gzip"}, {"streamed": False}, {"clock": "user"},
+                                     {"first_content_raw": "data: %d" % draw.randrange(99)})))  # fmt: skip
+            line.update(out_crc32="%08x" % draw.randrange(9), out_chars=draw.choice((3, 40)))
+            line["latency_from_scheduled_ms"] = float(draw.randrange(5))  # ties among the slowest
+            if draw.random() < 0.3:
+                line.update(cached_tokens=draw.randrange(40), rtt_ms=draw.random())
+        else:
+            host = "HTTP 500: on host %d" % draw.randrange(1000)
+            line["err"] = draw.choice((host, "=cmd|' /C calc'!A0", 'no, "that"'))
+            line.update(draw.choice(({}, {"error_raw": "<b>%d</b>" % draw.randrange(99)})))
+    return lines
+
+
+@in_parts
+@pytest.mark.parametrize("seed", range(8))
+def test_a_file_read_in_parts_gives_the_same_files_to_the_byte(tmp_path, monkeypatch, seed):
+    lines = varied_run(seed, stages=1 + seed % 3)
+    alone = files_of(tmp_path / "one", lines)
+    spans = small_parts(monkeypatch, lines=1 + 5 * (seed % 4), parts=2 + seed % 3)
+    assert files_of(tmp_path / "parts", lines) == alone
+    assert len(spans) == 1 + seed % 3
+
+
+@in_parts
+def test_merged_files_whose_plans_come_late_are_read_in_parts_too(tmp_path, monkeypatch):
+    head, *lines = varied_run(3, stages=3)
+    stages = [{"stage": {"index": index, "load": {"concurrency": 3 + index}, "warmup": 0}} for index in range(3)]
+    lines = [head, *lines[:50], *stages, *lines[50:]]
+    alone = files_of(tmp_path / "one", lines)
+    assert small_parts(monkeypatch) == []
+    assert files_of(tmp_path / "parts", lines) == alone
+
+
+@in_parts
+@pytest.mark.parametrize("place", [0, 1, 40, 100, -1])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"request_id":"x","stage":0}', b"\xff\xfe", b"7", b'{"run":7}',
+                                    b'{"llmbench":"9","run":{}}', b"{} {}"])  # fmt: skip
+def test_a_damaged_file_read_in_parts_is_told_as_ever(tmp_path, monkeypatch, place, damage):
+    raw = [llmbench.encode_line(line)[:-1] for line in varied_run(1, stages=2)]
+    raw[place] = damage
+
+    def outcome(directory):
+        directory.mkdir()
+        (directory / "results.jsonl").write_bytes(b"\n".join(raw) + (b"" if place == -1 else b"\n"))
+        notices = []
+        try:
+            llmbench.build_outputs(str(directory), ASSETS, notices.append)
+        except llmbench.UserError as error:
+            notices.append("refused: %s" % error)
+        files = {path.name: path.read_bytes() for path in directory.iterdir()}
+        return [notice.replace(str(directory), "") for notice in notices], files
+
+    alone = outcome(tmp_path / "one")
+    spans = small_parts(monkeypatch)
+    assert outcome(tmp_path / "parts") == alone
+    assert spans
+
+
+@in_parts
+@pytest.mark.parametrize("trouble", ["killed", "no processes", "full disk"])
+def test_where_a_process_is_lost_one_reads_it_all(tmp_path, monkeypatch, trouble):
+    lines = varied_run(5, stages=2)
+    alone = files_of(tmp_path / "one", lines)
+    small_parts(monkeypatch)
+    if trouble == "killed":
+        monkeypatch.setattr(llmbench, "write_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    elif trouble == "no processes":
+        monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(BlockingIOError(11, "no more processes")))
+    else:
+        monkeypatch.setattr(llmbench, "write_part", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
+    assert files_of(tmp_path / "parts", lines) == alone
+
+
+def test_a_small_file_is_read_by_one_process(tmp_path):
+    write_lines(tmp_path, varied_run(1, stages=1))
+    path = tmp_path / "results.jsonl"
+    assert llmbench.part_bounds(str(path)) == [0, path.stat().st_size]
 
 
 # --- a results.jsonl that somebody edited -----------------------------------------------------------------------------
