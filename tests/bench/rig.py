@@ -18,7 +18,7 @@ import time
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from startup import clean_environment
 
@@ -115,12 +115,12 @@ def running(command: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen
 # Servers.
 
 
-def build_truthserver(directory: Path) -> Optional[Path]:
-    """The compiled ground-truth server; None without gcc."""
-    target = directory / "truthserver"
+def build(directory: Path, name: str) -> Optional[Path]:
+    """A compiled program of this directory; None without gcc."""
+    target = directory / name
     if shutil.which("gcc") is None:
         return None
-    command = ["gcc", "-O2", "-o", str(target), str(HERE / "truthserver.c"), "-lm"]
+    command = ["gcc", "-O2", "-o", str(target), str(HERE / (name + ".c")), "-lm"]
     if subprocess.run(command, check=False).returncode:
         return None
     return target
@@ -129,7 +129,7 @@ def build_truthserver(directory: Path) -> Optional[Path]:
 class Server:
     """A server on loopback for the length of a `with`: truthserver or, without a compiler, the built-in mock."""
 
-    def __init__(self, rig: Rig, load: Load, niceness: int = 0) -> None:
+    def __init__(self, rig: Rig, load: Load, niceness: int = 0, cpus: Optional[Set[int]] = None) -> None:
         self.port = free_port()
         self.log = rig.fresh("server.log")
         self.native = rig.truthserver is not None
@@ -142,6 +142,7 @@ class Server:
             self.command += ["--batch", str(load.batch), "--log", str(self.log)]
         self.cpu_s = math.nan
         self.niceness = niceness
+        self.cpus = cpus
 
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(
@@ -149,6 +150,7 @@ class Server:
         )
         with suppress(OSError):  # where it is allowed: a client that takes all CPUs must not hold up the truth
             os.setpriority(os.PRIO_PROCESS, self.process.pid, self.niceness)
+        keep_to(self.process, self.cpus)
         deadline = time.monotonic() + 10
         try:
             while self.process.poll() is None and time.monotonic() < deadline:
@@ -186,6 +188,20 @@ class Server:
         return {name: Truth(int(received), int(first), int(n)) for name, received, first, _, _, n in fields}
 
 
+def keep_to(process: subprocess.Popen, cpus: Optional[Set[int]]) -> None:
+    """Keeps a process that has just been started to these CPUs."""
+    if cpus:
+        os.sched_setaffinity(process.pid, cpus)
+
+
+def two_sides() -> Tuple[Set[int], Set[int]]:
+    """The CPUs of the clients and that of the server, where they are kept apart; raises BenchError with one CPU."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        raise BenchError("client and server can't be kept apart on one CPU")
+    return set(cpus[:-1]), set(cpus[-1:])
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as sock:
@@ -206,10 +222,15 @@ def process_cpu(pid: int) -> float:
 
 
 class Watch(threading.Thread):
-    """Looks at a process's memory until it ends: the peak while it measured, the peak of all, and a series."""
+    """Looks at a process's memory until it ends: the peak while it measured, the peak of all, and a series.
 
-    def __init__(self, pid: int, results: Optional[Path] = None) -> None:
+    With `family` also at what it and the processes that it started hold together, memory that they share counted once.
+    """
+
+    def __init__(self, pid: int, results: Optional[Path] = None, family: bool = False) -> None:
         super().__init__(daemon=True)
+        self.family = family
+        self.family_kb = 0
         self.pid = pid
         self.results = results
         self.peak_kb = self.measuring_kb = 0
@@ -230,6 +251,8 @@ class Watch(threading.Thread):
             size, ended = look_at(self.results)
             measuring = measuring and not ended  # a peak that was seen together with the end may be the report's
             self.peak_kb = int(figures["VmHWM"])
+            if self.family:
+                self.family_kb = max(self.family_kb, sum(map(proportional_kb, family_of(self.pid))))
             if measuring:
                 self.measuring_kb = self.peak_kb
                 self.series.append((size, int(figures["VmRSS"])))
@@ -242,6 +265,24 @@ class Watch(threading.Thread):
         between = requests * (whole - size) / whole
         last = self.series[-1][1]
         return (last - middle) * 1024 / between if between else math.nan, middle, last
+
+
+def family_of(pid: int) -> List[int]:
+    """A process and those that it started, and they."""
+    found = [pid]
+    with suppress(OSError):
+        for children in Path("/proc/%d/task" % pid).glob("*/children"):
+            for child in children.read_text().split():
+                found += family_of(int(child))
+    return found
+
+
+def proportional_kb(pid: int) -> int:
+    """What a process holds in memory, a page that n processes share as an n-th; 0 when it is gone."""
+    with suppress(OSError):
+        rollup = Path("/proc/%d/smaps_rollup" % pid).read_text()
+        return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    return 0
 
 
 def look_at(results: Optional[Path]) -> Tuple[int, bool]:
@@ -301,7 +342,8 @@ class Rig:
         self.directory = directory
         self.programs = programs
         self.python = python
-        self.truthserver = build_truthserver(directory) if native else None
+        self.truthserver = build(directory, "truthserver") if native else None
+        self.reader = build(directory, "reader") if native else None
         self._numbers = iter(range(10**9))
 
     def fresh(self, name: str) -> Path:
@@ -309,11 +351,16 @@ class Rig:
         return self.directory / ("%d-%s" % (next(self._numbers), name))
 
     def llmbench(
-        self, program: Path, load: Load, *flags: str, watch: bool = False, slow: Sequence[str] = (), pause: Any = None
-    ) -> Outcome:
-        """llmbench on a fresh server. slow: words before the program; pause: what is done to the process as it runs."""
+        self, program: Path, load: Load, *flags: str, watch: bool = False, slow: Sequence[str] = (), pause: Any = None,
+        apart: bool = False,
+    ) -> Outcome:  # fmt: skip
+        """llmbench on a fresh server. slow: words before the program; pause: what is done to the process as it runs.
+
+        apart: client and server run on CPUs of their own, so that neither waits for the other to be done.
+        """
         out = self.fresh("out")
-        with Server(self, load, -10 if slow or pause else 0) as server:
+        mine, its = two_sides() if apart else (None, None)
+        with Server(self, load, -10 if slow or pause else 0, its) as server:
             command = [self.python, *slow, str(program), "run", "--url", "http://127.0.0.1:%d" % server.port]
             command += ["--model", "truth", "--concurrency", str(load.streams), "--total-requests", str(load.requests)]
             command += ["--max-tokens", str(load.tokens), "--out", str(out), "--progress", "none", "--lang", "en"]
@@ -321,6 +368,7 @@ class Rig:
             before = clock_offset()
             streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
             with running(command, **streams) as process:
+                keep_to(process, mine)
                 watching = Watch(process.pid, out / "results.jsonl") if watch else None
                 if pause is not None:
                     pause(process)
@@ -335,12 +383,14 @@ class Rig:
         drift = (after - before) / 1e3
         return Outcome(cpu, wall_of(seen), seen, server.truth(), server.cpu_s, peak, summary, drift, watching)
 
-    def bare_loop(self, load: Load) -> Outcome:
+    def bare_loop(self, load: Load, apart: bool = False) -> Outcome:
         """The baseline on a fresh server."""
-        with Server(self, load) as server:
+        mine, its = two_sides() if apart else (None, None)
+        with Server(self, load, 0, its) as server:
             command = [self.python, str(HERE / "bare_loop.py"), "--port", str(server.port), "--streams"]
             command += [str(load.streams), "--requests", str(load.requests), "--max-tokens", str(load.tokens)]
             with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                keep_to(process, mine)
                 told = json.loads(finish(process, "the bare loop", (0,)))
         seen = {
             name: Seen(due, start, first, end, (first - start) / 1e6, 0.0)
@@ -349,6 +399,14 @@ class Rig:
         return Outcome(
             told["cpu_s"], told["wall_s"], seen, server.truth(), server.cpu_s, told["peak_kb"], {}, 0.0, None
         )
+
+    def reading(self, load: Load, pause_us: int) -> Outcome:
+        """A client in C that only reads, and then waits for so long: what the server can give."""
+        with Server(self, load) as server:
+            command = [str(self.reader), str(server.port), str(load.streams), str(load.requests), str(pause_us)]
+            with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                told = json.loads(finish(process, "the reader", (0,)))
+        return Outcome(told["cpu_s"], told["wall_s"], {}, server.truth(), server.cpu_s, 0, {}, 0.0, None)
 
 
 def wall_of(seen: Dict[str, Seen]) -> float:

@@ -1,14 +1,15 @@
 """The benchmarks of llmbench itself: accuracy, CPU, events a second, memory, report, start-up.
 
-    python3 build.py bench                          builds, then runs all of it, about eight minutes
+    python3 build.py bench                          builds, then runs all of it, about ten minutes
     python3 tests/bench/run.py --quick              smaller and once each, within two minutes
     python3 tests/bench/run.py --case A,D --repeat 3
     python3 tests/bench/run.py --case A --program old=/tmp/old/llmbench.py new=llmbench.py
 
 Clients run on loopback against truthserver.c, which logs on CLOCK_MONOTONIC when it received each request and when it
 sent the first content; without gcc the built-in mock serves. Beside llmbench runs a bare asyncio read loop that looks
-at nothing: in every repetition all clients run one after the other, a ratio is taken within one repetition, and each
-figure is the median over the repetitions. Figures are no verdict: the exit status is 1 only when something did not run.
+at nothing and, where the server may be the limit, reader.c, which shows what it can give to anybody. In every
+repetition all clients run one after the other, a ratio is taken within one repetition, and each figure is the median
+over the repetitions. Figures are no verdict: the exit status is 1 only when something did not run.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rig import BenchError, Load, Outcome, Rig, Watch, end_on_sigterm, finish, p
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BARE = "bare loop"
+APART = ", apart"  # client and server on CPUs of their own
 
 
 class Sizes(NamedTuple):
@@ -106,7 +108,7 @@ def repeated(
         order = list(clients) if turn % 2 == 0 else list(clients)[::-1]
         outcomes = {name: clients[name]() for name in order}
         for name, outcome in outcomes.items():
-            rows[name].append(figures(outcome, outcomes[BARE]))
+            rows[name].append(figures(outcome, outcomes[BARE + APART if name.endswith(APART) else BARE]))
     return [(name, medians(rows[name])) for name in clients]
 
 
@@ -121,17 +123,20 @@ ACCURACY = (
 EXPLAIN = (
     "  arrival: first content, the client's time less the server's, ms. TTFT: the client's less the server's, ms.\n"
     "  sent: from the client's start to the receipt by the server, ms: its own queue, and part of the TTFT error.\n"
-    "  wave: until the first request of the last stream is out. CPU: per content event, first due to last end."
+    "  wave: until the first request of the last stream is out. CPU: per content event, first due to last end.\n"
+    "  apart: client and server on CPUs of their own; else now and then the one waits until the other leaves the CPU."
 )
 
 
 def paced(rig: Rig, title: str, load: Load, repeat: int, columns: Sequence[Column]) -> None:
     """How exact the arrival of the first content is, and what an event costs."""
-    clients: Dict[str, Callable[[], Outcome]] = {BARE: lambda: rig.bare_loop(load)}
-    for name, program in rig.programs:
-        clients[name] = lambda program=program: rig.llmbench(  # type: ignore[misc]
-            program, load, "--processes", "1", watch=True
-        )
+    clients: Dict[str, Callable[[], Outcome]] = {}
+    for apart in (False, True)[: len(os.sched_getaffinity(0))]:
+        clients[BARE + APART * apart] = lambda apart=apart: rig.bare_loop(load, apart)  # type: ignore[misc]
+        for name, program in rig.programs:
+            clients[name + APART * apart] = lambda program=program, apart=apart: rig.llmbench(  # type: ignore[misc]
+                program, load, "--processes", "1", watch=True, apart=apart
+            )
     rows = repeated(rig, repeat, clients, lambda outcome, bare: accuracy(outcome, bare, load.streams))
     print_table("%s: %s" % (title, describe(load)), columns, rows)
     print(EXPLAIN, flush=True)
@@ -196,13 +201,21 @@ def case_d(rig: Rig, sizes: Sizes) -> None:
     """Events a second without pauses: each frame a write of its own, and many in one, which spares the server."""
     for title, load in (("D", sizes.d), ("D, batched", sizes.batched)):
         flood(rig, title, load, sizes.repeat)
+    print("  reader in C: a client that looks at nothing, and one that reads only every 5 ms: what the server can give")
     print("  (aims: 400,000 in one process, and in two 1.6 times that, unless the server is the limit)")
     print("  CPUs: %d, for client and server together" % len(os.sched_getaffinity(0)), flush=True)
+
+
+READER_PAUSE = 5000  # us between two rounds of the reader that lets the server run
 
 
 def flood(rig: Rig, title: str, load: Load, repeat: int) -> None:
     """With one process and with two; says where the server was the limit."""
     clients: Dict[str, Callable[[], Outcome]] = {BARE: lambda: rig.bare_loop(load)}
+    if rig.reader is not None:
+        clients["reader in C"] = lambda: rig.reading(load, 0)
+        clients["reader in C, every 5 ms"] = lambda: rig.reading(load, READER_PAUSE)
+    ours = len(clients)
     for name, program in rig.programs:
         for processes in ("1", "2"):
             clients["%s, %s process%s" % (name, processes, "es" * (processes > "1"))] = (
@@ -211,7 +224,7 @@ def flood(rig: Rig, title: str, load: Load, repeat: int) -> None:
                 )
             )
     rows = repeated(rig, repeat, clients, throughput)
-    for (_, one), (_, two) in zip(rows[1::2], rows[2::2]):
+    for (_, one), (_, two) in zip(rows[ours::2], rows[ours + 1 :: 2]):
         two["to 1 process"] = two["events/s"] / one["events/s"]
     written = "%d frames a write" % load.batch if load.batch > 1 else "a write for each frame"
     print_table("%s: %s, %s" % (title, describe(load), written), THROUGHPUT, rows)
@@ -220,6 +233,11 @@ def flood(rig: Rig, title: str, load: Load, repeat: int) -> None:
             print("  %s: the server was the limit, at %.0f %% CPU" % (name, row["server CPU"]))
         elif row["client CPU"] + row["server CPU"] > SERVER_LIMIT * len(os.sched_getaffinity(0)):
             print("  %s: client and server together had used up this machine's CPUs" % name)
+    cpus = len(os.sched_getaffinity(0))
+    for name, row in rows[ours::2]:
+        share = row["client CPU"] + row["server CPU"]
+        print("  %s: took %.0f %% of the CPUs with the server; at most %.2f times as much goes into all %d of them" % (
+            name, share / cpus, 100 * cpus / share, cpus))  # fmt: skip
 
 
 def throughput(outcome: Outcome, bare: Outcome) -> Row:
@@ -337,8 +355,8 @@ def case_memory(rig: Rig, sizes: Sizes) -> None:
 def case_report(rig: Rig, sizes: Sizes) -> None:
     """`report` on very many records."""
     columns = (
-        Column("seconds", "{:.1f}", "40"), Column("peak MB", "{:.0f}", "400"), Column("HTML MB", "{:.2f}", "2"),
-        Column("results MB", "{:.0f}"),
+        Column("seconds", "{:.1f}", "40"), Column("peak MB", "{:.0f}", "400"),
+        Column("with all processes", "{:.0f}", "400"), Column("HTML MB", "{:.2f}", "2"), Column("results MB", "{:.0f}"),
     )  # fmt: skip
     directory = rig.fresh("report")
     made_results.write(directory, sizes.records)
@@ -347,11 +365,11 @@ def case_report(rig: Rig, sizes: Sizes) -> None:
         began = time.monotonic()
         command = [rig.python, str(program), "report", str(directory)]
         with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            watch = Watch(process.pid)
+            watch = Watch(process.pid, family=True)
             finish(process, "report", (0,))
         seconds = time.monotonic() - began
         page, results = ((directory / name).stat().st_size / 1e6 for name in ("report.html", "results.jsonl"))
-        figures = (seconds, watch.peak_kb / 1024, page, results)
+        figures = (seconds, watch.peak_kb / 1024, watch.family_kb / 1024, page, results)
         rows.append((name, {column.head: figure for column, figure in zip(columns, figures)}))
     shutil.rmtree(str(directory))
     print_table("Report: %s records (aims are for 1,000,000)" % "{:,}".format(sizes.records), columns, rows)
