@@ -8087,8 +8087,9 @@ def planned_stages(config: Config) -> List[Stage]:
 #
 # A process that could not run when it should have been woken (a CPU quota, another thread that holds the
 # interpreter's lock) returns late from a wait, and what it finds may have come at any time of it: a stamp
-# well before the return gives that away, and `look` is taken back to before the wait. A poll that doesn't
-# wait may return late as well, and has not seen what came meanwhile: what follows it counts from its call.
+# well before the return gives that away, or CPU time that other threads took, and `look` is taken back to
+# before the wait. A poll that doesn't wait may return late as well, and has not seen what came meanwhile:
+# what follows it counts from its call.
 #
 # Opening is a row of steps: look the name up, connect, have the proxy put us through, agree on TLS. Each may be
 # asked alone, since whoever looks for a fault wants to know at which one it ended. An https endpoint behind a proxy is
@@ -8110,6 +8111,7 @@ STAMP_SPACE = socket.CMSG_SPACE(STAMP.size) if hasattr(socket, "CMSG_SPACE") els
 READ_SIZE = 65536  # asyncio asks for 256 KiB, whose allocation costs more than a second read would
 CLOCK_JITTER = 5e-6  # two clocks can't be read at the very same moment
 LATE_WAKE = 1e-3  # s from an arrival to the return of the poll that waited for it: this process could not run
+thread_time = getattr(time, "thread_time", time.process_time)  # not every Unix has it
 
 
 class StampedSocket(socket.socket):
@@ -8163,6 +8165,11 @@ class ExactSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type
         return super().select(timeout)
 
 
+def time_of_others() -> float:
+    """CPU time in s that the other threads of this process have taken; as long we may have been kept waiting."""
+    return time.process_time() - thread_time()
+
+
 ask = selectors.DefaultSelector.select  # not to wait at all is exact anyway
 
 
@@ -8182,6 +8189,7 @@ class Poll(ExactSelector):
         super().__init__()
         self.returned = self.look = self.before = self._asked = clock()
         self._waited = False
+        self._others = time_of_others()
         self.resting: List[Any] = []  # receivers of this poll for whom `look` matters
         self.offset = 0.0
         self.polls = 0
@@ -8206,11 +8214,18 @@ class Poll(ExactSelector):
             busy = clock() - looked
             ready = super().select(timeout)
             self._measure_offset(20e-6)
-            self.look, self.before = self.returned, self._asked
+            self.look, self.before = self._asked if self._was_kept() else self.returned, self._asked
         if busy > self.longest:
             self.longest = busy
         self.polls += 1
         return ready
+
+    def _was_kept(self) -> bool:
+        """Whether another thread may have kept this one from returning in time."""
+        if threading.active_count() == 1:
+            return False
+        before, self._others = self._others, time_of_others()
+        return self._others - before > LATE_WAKE
 
     def wake_was_late(self) -> None:
         """A read of this poll shows that it returned late from its wait: all of it may have come since before that."""

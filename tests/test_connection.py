@@ -163,7 +163,7 @@ def test_bytes_that_end_a_wait_arrived_when_the_loop_looked(wire):
             receiver, start = converse(server.url, **given)
             before, after = server.peers[0].sent[0]
         (arrival,) = receiver.arrivals
-        if arrival.now - arrival.stamp < llmbench.LATE_WAKE:
+        if arrival.now - arrival.stamp < llmbench.LATE_WAKE and arrival.look - start >= 0.05:
             break
     assert arrival.kernel
     assert before - EARLY <= arrival.stamp <= after + LATE
@@ -332,6 +332,51 @@ def test_poll_that_had_to_wait_looks_at_its_return(pair):
     assert poll.look == poll.returned
     assert poll.longest < 0.04, "waiting is not a delay of the loop's own"
     timer.join()
+
+
+@pytest.mark.parametrize("took, late", [(0.0, False), (0.0005, False), (0.02, True)])
+def test_poll_that_another_thread_kept_waiting_looks_before_its_wait(pair, monkeypatch, took, late):
+    """A thread that holds the interpreter's lock delays our return, and no stamp needs to show it."""
+    poll, _, theirs = pair
+    times = iter((7.0 + took, 7.0 + took))
+    monkeypatch.setattr(llmbench, "time_of_others", lambda: next(times))
+    monkeypatch.setattr(threading, "active_count", lambda: 2)  # the timer may be over by then
+    poll._others = 7.0
+    for _ in range(2):  # what is over is no reason to doubt the poll that comes next
+        timer = threading.Timer(0.03, theirs.send, [b"x"])
+        timer.start()
+        asked = llmbench.clock()
+        assert poll.select(PATIENCE)
+        assert poll.look == (poll.before if late else poll.returned)
+        assert asked <= poll.before < asked + 0.03 <= poll.returned
+        pair[1].recv(10)
+        timer.join()
+        late = False
+
+
+def test_the_time_of_others_is_that_of_other_threads():
+    begin, over = threading.Event(), threading.Event()
+
+    def work():
+        begin.wait(PATIENCE)
+        deadline = time.thread_time() + 0.05
+        while time.thread_time() < deadline:
+            pass
+        over.wait(PATIENCE)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    before, own = llmbench.time_of_others(), time.thread_time()
+    while time.thread_time() < own + 0.05:
+        pass
+    assert llmbench.time_of_others() - before < 0.02, "this thread's own time is not that of others"
+    begin.set()
+    deadline = time.monotonic() + PATIENCE
+    while llmbench.time_of_others() - before < 0.05 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert llmbench.time_of_others() - before >= 0.05
+    over.set()
+    thread.join()
 
 
 @pytest.mark.parametrize("timeout", [None, 1.0, 0])

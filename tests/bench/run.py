@@ -15,6 +15,7 @@ over the repetitions. Figures are no verdict: the exit status is 1 only when som
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import platform
@@ -267,12 +268,13 @@ TTFT_TOLERANCE = 2.0  # ms: in TTFT is the server's own queue
 def case_slowed(rig: Rig, sizes: Sizes) -> None:
     """What the arrival stamps and the verdict make of a client that can't keep up."""
     load, program = sizes.slowed, rig.programs[0][1]
+    run_slowed = functools.partial(rig.llmbench, program, load, apart=len(os.sched_getaffinity(0)) > 1)
     runs: Dict[str, Callable[[], Outcome]] = {
-        "as it is": lambda: rig.llmbench(program, load),
-        "lock held 10 of 25 ms": lambda: rig.llmbench(program, load, slow=holding(10, 15)),
-        "lock held 60 of 120 ms": lambda: rig.llmbench(program, load, slow=holding(60, 60)),
-        "stopped 15 of 25 ms": lambda: rig.llmbench(program, load, pause=duty(0.010, 0.015)),
-        "stopped 80 of 120 ms": lambda: rig.llmbench(program, load, pause=duty(0.040, 0.080)),
+        "as it is": run_slowed,
+        "lock held 10 of 25 ms": lambda: run_slowed(slow=holding(10, 15)),
+        "lock held 60 of 120 ms": lambda: run_slowed(slow=holding(60, 60)),
+        "stopped 15 of 25 ms": lambda: run_slowed(pause=duty(0.010, 0.015)),
+        "stopped 80 of 120 ms": lambda: run_slowed(pause=duty(0.040, 0.080)),
     }
     outcomes = {name: run() for name, run in runs.items()}
     rows = [(name, slowed(outcome)) for name, outcome in outcomes.items()]
