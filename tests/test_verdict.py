@@ -134,6 +134,8 @@ def test_what_a_reader_must_bear_in_mind_is_caution(lines, config, key):
         ([*plenty({"ttft_ms": 400.0}, 0.5), audit(), DONE], {}),
         # A quick model after a long prompt: all of it in a twentieth of the time, but not in a burst.
         ([*plenty({"latency_ms": 4000.0, "itl_sum_ms": 180.0}), audit(), DONE], {}),
+        # All of it at once, as this client could not read for 900 of its 1,000 ms.
+        ([*plenty({"itl_hist": {"0": 20}, "itl_sum_ms": 0.4, "lag_ms": 900.0}), audit(), DONE], {}),
     ],
 )
 def test_what_is_no_reason(lines, config):

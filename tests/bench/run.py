@@ -27,8 +27,9 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import made_results
 from rig import BenchError, Load, Outcome, Rig, Watch, end_on_sigterm, finish, python_name, quantile, running
@@ -277,6 +278,9 @@ def case_slowed(rig: Rig, sizes: Sizes) -> None:
         "stopped 80 of 120 ms": lambda: run_slowed(pause=duty(0.040, 0.080)),
     }
     outcomes = {name: run() for name, run in runs.items()}
+    with cpu_quota(QUOTA) as join:
+        if join is not None:
+            outcomes["quota %g of 100 ms" % (100 * QUOTA)] = run_slowed(pause=join)
     rows = [(name, slowed(outcome)) for name, outcome in outcomes.items()]
     print_table("Slowed down on purpose: %s" % describe(load), SLOWED, rows)
     print("  single: requests with ttft_slack_ms 0; several: the others, whose first content came with more frames")
@@ -304,6 +308,44 @@ def duty(running: float, stopped: float) -> Callable[[subprocess.Popen], None]:
             time.sleep(running)
 
     return lambda process: threading.Thread(target=throttle, args=(process,), daemon=True).start()
+
+
+QUOTA = 0.04  # CPUs: about half of what this client needs
+
+
+@contextmanager
+def cpu_quota(share: float) -> Iterator[Optional[Callable[[subprocess.Popen], None]]]:
+    """What puts a process that has had time to start under a CPU quota, per 100 ms; None where none can be set."""
+    period = 100_000
+    quota = "%d" % (share * period)
+    forms = (
+        (Path("/sys/fs/cgroup/cpu"), (("cpu.cfs_period_us", str(period)), ("cpu.cfs_quota_us", quota))),
+        (Path("/sys/fs/cgroup"), (("cpu.max", "%s %d" % (quota, period)),)),
+    )
+    group = None
+    for root, settings in forms:
+        if (root / "cgroup.procs").exists():
+            with suppress(OSError):
+                group = root / ("llmbench-bench-%d" % os.getpid())
+                group.mkdir()
+                for name, value in settings:
+                    (group / name).write_text(value)
+                break
+            group = None
+    if group is None:
+        yield None
+        return
+
+    def join(process: subprocess.Popen) -> None:
+        time.sleep(0.5)
+        with suppress(OSError):  # it has ended
+            (group / "cgroup.procs").write_text(str(process.pid))
+
+    try:
+        yield lambda process: threading.Thread(target=join, args=(process,), daemon=True).start()
+    finally:
+        with suppress(OSError):
+            group.rmdir()
 
 
 def slowed(outcome: Outcome) -> Row:
