@@ -5746,7 +5746,7 @@ def histogram_quantile(ordered: Sequence[Tuple[int, int]], n: int, share: float)
 
 RECORDED = tuple(name for name in COLUMNS if name != "end_ms")  # what a column takes from a record as it stands
 UNKNOWN = itertools.repeat(NAN)
-WAITING = 512 * len(RECORDED)  # values, 90 kB of them: they stay in the processor's cache
+WAITING = 512 * len(RECORDED)  # values, 100 kB of them: they stay in the processor's cache
 NOTHING = array.array("d", [NAN])
 
 
@@ -8174,14 +8174,14 @@ def time_of_others() -> float:
     return time.process_time() - thread_time()
 
 
-ask = selectors.DefaultSelector.select  # not to wait at all is exact anyway
+select_now = selectors.DefaultSelector.select  # not to wait at all is exact anyway
 
 
 class Poll(ExactSelector):
     """The loop's selector, which knows when it last looked and how far apart the two clocks are.
 
     returned: when the last poll returned. look: since when what it brought can have arrived, if a poll that
-    had to wait was woken in time; else `before`.
+    had to wait was woken in time; else `before`, when that poll was asked.
     offset: CLOCK_MONOTONIC - CLOCK_REALTIME in s. polls, longest: how often it was asked, and the
     longest time between a return and the next poll, which is the loop's own delay. exact: whether timers
     must not be late by up to a millisecond, as in an open loop.
@@ -8207,7 +8207,7 @@ class Poll(ExactSelector):
             self.resting = []
         looked, seen = self.returned, self.look if self._waited else self._asked
         self._asked = clock()
-        ready = ask(self, 0)
+        ready = select_now(self, 0)
         if ready or (timeout is not None and timeout <= 0):
             self._waited = False
             self._measure_offset(20e-6)
@@ -8238,7 +8238,7 @@ class Poll(ExactSelector):
             receiver.look_again(self.before)
 
     def _measure_offset(self, tolerance: float) -> None:
-        """Reads both clocks at once; a reading that was interrupted in between is thrown away."""
+        """Notes the moment as that of the return, and reads both clocks; a reading that was interrupted is not used."""
         before = clock()
         real = time.time()
         after = clock()
@@ -8558,7 +8558,7 @@ class Proxy(NamedTuple):
 
     @property
     def url(self) -> str:
-        """Its URL, without user and password."""
+        """Its URL, user and password as ***."""
         return "http://%s%s" % ("***@" if self.userinfo else "", self.authority)
 
     @property
@@ -8868,8 +8868,10 @@ class Network:
         except (ssl.SSLError, ssl.CertificateError) as error:
             raise RequestError("tls_error", describe_tls_error(error)) from None
         except OSError as error:
-            status = "tls_error" if self._tls is not None else "connect_error"
-            raise RequestError(status, "during the TLS handshake: " + describe_os_error(error)) from None
+            why = describe_os_error(error)
+            if self._tls is None:
+                raise RequestError("connect_error", why) from None
+            raise RequestError("tls_error", "during the TLS handshake: " + why) from None
         if self._tls is not None and sock.fileno() < 0:  # an alert came right behind the handshake's end
             await asyncio.sleep(0)  # the turn of the loop in which the reader is told
             why = reader.exception()
@@ -9816,9 +9818,10 @@ class Runner:
                 stream.job = self._first_job(stage, stream.talk) if stream.talk is not None else None
             busy = [stream for stream in self._streams if stream.talk is not None]
         await self._open_connections(busy)
+        share = self._share_of(stage, name, first)  # before the clock starts: it may take a while
         began = await self._begin_together(stage, first == 0)
         audit = self._audit = Audit(began, self.poll) if name == "measure" else None
-        self._show_phase(stage, name, began)
+        self._show_phase(stage, name, began, share)
         deadline = began + stage.duration if stage.duration is not None and name == "measure" else None
         phase = Phase(stage, name, part or self.part, talks, began, deadline)
         grace = self._end_at(deadline)
@@ -9875,17 +9878,19 @@ class Runner:
         grace = self.config.timeout if self.config.grace is None else self.config.grace
         return asyncio.get_event_loop().call_at(deadline + grace, self.cancel, "past the grace of %gs" % grace)
 
-    def _show_phase(self, stage: Stage, name: str, began: float) -> None:
+    def _share_of(self, stage: Stage, name: str, first: int) -> Optional[int]:
+        """How many requests of a phase are this part's; None when only time ends it."""
         total = stage.warmup if name == "warmup" else stage.total
-        part = self.part.at(stage.concurrency)
-        share = total
-        if total is not None and self.part.parts > 1:
-            share = sum(talk.turns for talk in self._talks(part, 0, total))
+        if total is None or self.part.parts == 1:
+            return total
+        return sum(talk.turns for talk in self._talks(self.part.at(stage.concurrency), first, total))
+
+    def _show_phase(self, stage: Stage, name: str, began: float, share: Optional[int]) -> None:
         fresh = Progress(
             stage.index, self.progress.stages, stage.concurrency, name, share, stage.duration, began, rps=stage.rps
         )
-        for name in ("note", "all_done", "all_failed", "all_tokens"):
-            setattr(fresh, name, getattr(self.progress, name))
+        for kept in ("note", "all_done", "all_failed", "all_tokens"):
+            setattr(fresh, kept, getattr(self.progress, kept))
         self.progress.__dict__.update(fresh.__dict__)
 
     async def _open_connections(self, streams: Sequence[Stream]) -> None:
@@ -10591,13 +10596,13 @@ def secrets_of(config: Config, endpoint: Endpoint) -> List[str]:
 
 
 def read_secret(text: str, flag: str) -> str:
-
     """A secret given as itself, env:NAME, file:PATH or cmd:COMMAND; raises UserError, which never shows it."""
     kind, colon, rest = text.partition(":")
     if colon and kind == "env":
-        if not os.environ.get(rest):
+        secret = os.environ.get(rest, "").strip()
+        if not secret:
             raise UserError("%s env:%s: that variable is not set" % (flag, rest))
-        return os.environ[rest].strip()
+        return secret
     if colon and kind == "file":
         try:
             with open(os.path.expanduser(rest), encoding="utf-8-sig") as file:
@@ -10785,7 +10790,7 @@ class TokenKeeper:
 # kept in step by messages over pipes: a worker says `next` and waits for the stage to run (none: it is
 # over); it says `ready` before each phase and waits for `go` with the moment at which the phase begins
 # (CLOCK_MONOTONIC is the machine's, so they share it). Process and Pipe only: Queue and Pool need
-# /dev/shm, which a locked-down host may lack. The start method is named: fork where there is one, as it
+# /dev/shm, which a locked-down host may lack. The start method is named: fork on Linux, as it
 # costs nothing and needs no import; no thread runs yet when it happens.
 
 HEAD_START = 0.02  # s between `go` and the beginning of a phase: every worker has read it by then
@@ -10911,7 +10916,7 @@ def work(pipe: Any, plan: WorkerPlan, inherited: Sequence[Any]) -> None:
 
 
 def start_method() -> str:
-    """How workers are started: fork costs nothing and needs no import; on macOS it is not safe, elsewhere absent."""
+    """How workers are started: fork on Linux costs nothing and needs no import; elsewhere it is not safe, or absent."""
     return "fork" if sys.platform.startswith("linux") else "spawn"
 
 
@@ -14960,6 +14965,10 @@ def raw_lines(path: str) -> Iterator[bytes]:
         raise UserError("%s cannot be read: %s" % (path, error.strerror or error)) from None
 
 
+# What may happen to who takes a line for what it is not.
+UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, StopIteration)
+
+
 def read_lines(path: str, notice: Callable[[str], None]) -> Iterator[Dict[str, Any]]:
     """The lines of a results.jsonl; a last line that was cut off is left out with a notice; raises UserError.
 
@@ -14995,7 +15004,7 @@ def read_run(path: str, collector: Collector, notice: Callable[[str], None]) -> 
             if number == 1 and "run" not in line:
                 raise TypeError("no header")
             collector.add(line)
-        except (LookupError, TypeError, ValueError, AttributeError):
+        except UNREADABLE:
             what = "is not a record; restore or remove that line"
             if number == 1:
                 what = "is not the header of a run; restore the file as the run left it"
@@ -15069,7 +15078,6 @@ def refusing_excess(path: str) -> Iterator[None]:
 # read the whole file alone: that is the way which knows what to say of it.
 
 PART_BYTES = 64 << 20  # of results.jsonl that are worth a process
-UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, StopIteration)
 PART_LINES = 20_000  # at a time, so that what a process holds is little
 MOST_PARTS = 4
 
@@ -15353,8 +15361,9 @@ def write_comparison(
         file.write(render_comparison(first, against, language, assets))
 
 
-# The shards of a run. Host k of n leaves a directory of its own. Its requests are those whose number i has i mod n = k:
-# a record's id says whether it belongs there, and one bit for each number whether it came before. All files are read
+# The shards of a run. Host k of n leaves a directory of its own. Its requests are those whose number i has i mod n = k,
+# or it is the conversations that are so numbered and shared out: a record's id says whether it belongs there, and one
+# bit for each number whether it came before. All files are read
 # once to find out whether they can be merged; only then is anything written, in a second reading. Records are copied as
 # they are, in the order in which they ended; nothing is averaged and no time is shifted. Times count from the run's
 # zero, the --start-at that all hosts share, each on its own clock: how far these are apart is said, not corrected.
@@ -15400,6 +15409,8 @@ class Shard:
     parts: Set[int] = field(default_factory=set)
     offsets: List[Tuple[float, float]] = field(default_factory=list)
     seen: Numbers = field(default_factory=Numbers)
+    astray: int = 0  # the line of the first request whose number is another shard's
+    turns: bool = False  # whether it plays conversations: all turns of one are its shard's, whatever their numbers
 
     @property
     def name(self) -> str:
@@ -15460,16 +15471,22 @@ class Shard:
         if record["phase"] == "probe":  # RUN-STAGE-probe-PART-VERSION: in no figure
             foreign = run_id != "%s-%d-probe" % (self.run["run_id"], record["stage"])
         else:
-            turn, rest = divmod(int(number), self.of)
-            foreign = rest != self.number or int(stage) != record["stage"] or run_id != self.run["run_id"]
+            foreign = int(stage) != record["stage"] or run_id != self.run["run_id"]
+            self.turns = self.turns or "turn" in record
+            if int(number) % self.of != self.number:
+                self.astray = self.astray or self.lines
         if foreign or record.get("shard", self.name) != self.name:
-            return "is a request that is not of shard %s" % self.name
+            return self.not_of_it()
         if record["phase"] == "probe":
             return ""
         due = record.get("scheduled_ms")
         if record["phase"] == "measure" and due is not None:
             self.first_due_ms[record["stage"]] = min(due, self.first_due_ms.get(record["stage"], due))
-        return "" if self.seen.add(record["stage"], turn) else "is a request that was there before"
+        return "" if self.seen.add(record["stage"], int(number)) else "is a request that was there before"
+
+    def not_of_it(self) -> str:
+        """What is wrong with a request of somebody else's."""
+        return "is a request that is not of shard %s" % self.name
 
 
 def open_shard(directory: str) -> Shard:
@@ -15495,10 +15512,13 @@ def survey_shard(shard: Shard, notice: Callable[[str], None]) -> None:
     for line in itertools.islice(read_lines(path, notice), 1, None):
         try:
             wrong = shard.take(line)
-        except (LookupError, TypeError, ValueError, AttributeError):
+        except UNREADABLE:
             wrong = "is not a record"
         if wrong:
             raise UserError("%s line %d %s; restore the file as the run left it" % (path, shard.lines, wrong))
+    if shard.astray and not shard.turns:
+        told = (path, shard.astray, shard.not_of_it())
+        raise UserError("%s line %d %s; restore the file as the run left it" % told)
     shard.seen = Numbers()  # its work is done
 
 

@@ -635,6 +635,12 @@ def outcome(directory, lines):
         return str(error)
 
 
+@pytest.mark.parametrize("key", ["out_tokens", "ttft_ms", "start_ms", "itl_sum_ms"])
+def test_a_record_with_a_number_beyond_all_reckoning_is_refused_by_its_line(tmp_path, key):
+    lines = [HEADER, PLAN, record(), record(1.0, itl_hist={"700": 3}, itl_min_ms=1.0, itl_max_ms=1.0, **{key: 10**400})]
+    assert "line 4 is not a record" in outcome(tmp_path, [*lines, {"end": {"reason": "done"}}])
+
+
 @pytest.mark.parametrize("which", range(3), ids=["header", "plan", "audit"])
 def test_a_line_of_wrong_types_is_refused_by_its_number_or_harmless(tmp_path, which):
     lines = [HEADER, PLAN, *(record(float(n), first=100.0 + n) for n in range(5)), AUDIT, {"end": {"reason": "done"}}]

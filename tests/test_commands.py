@@ -441,11 +441,13 @@ def test_a_token_is_itself_or_says_where_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text,said", [
     ("env:NOT_SET_ANYWHERE", "env:NOT_SET_ANYWHERE: that variable is not set"), ("env:", "not set"),
+    ("env:BLANK", "env:BLANK: that variable is not set"),
     ("file:/nowhere/token", "file:/nowhere/token cannot be read: No such file"),
     ("file:/", "cannot be read: Is a directory"),
     ("cmd:exit 3", "status 3"), ("cmd:true", "printed no secret"), ("cmd:no-such-command-anywhere", "status 127"),
 ])  # fmt: skip
-def test_a_token_that_cannot_be_had_is_one_line(text, said):
+def test_a_token_that_cannot_be_had_is_one_line(monkeypatch, text, said):
+    monkeypatch.setenv("BLANK", " \n")
     with pytest.raises(llmbench.UserError) as caught:
         llmbench.read_secret(text, "--token")
     assert str(caught.value).startswith("--token ") and said in str(caught.value)

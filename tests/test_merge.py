@@ -516,6 +516,22 @@ REFUSED = {
 }
 
 
+def test_shards_of_conversations_merge_whatever_the_numbers_of_their_turns(tmp_path):
+    """Conversations of 2, 2, 1, 2, 2, 1 ... requests, shared out to two hosts by their own numbers."""
+    records, turns, host_of = run_records(n=60, stages=1, spoiled=0.0), {}, {}
+    for number, (first, count) in enumerate((5 * k + at, n) for k in range(12) for at, n in ((0, 2), (2, 2), (4, 1))):
+        for turn in range(1, count + 1):
+            turns[first + turn - 1], host_of[first + turn - 1] = turn, number % 2
+    shards = [[host(k, shard="%d/2" % k), stage_line(0)] for k in range(2)]
+    for line in records:
+        number = int(line["request_id"].split("-")[2])
+        more = {"turn": turns[number]} if turns[number] > 1 else {}
+        shards[host_of[number]].append({**line, **more})
+    assert any(number % 2 != k for number, k in host_of.items()), "the numbers alone don't tell whose they are"
+    summary, _, _ = merged(tmp_path, [[*lines, audit(0, k), end(k)] for k, lines in enumerate(shards)])
+    assert summary["requests"]["total"] == 56 and summary["requests"]["warmup"] == 4
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_set_of_shards_is_refused_in_one_line(tmp_path, name):
     change, said = REFUSED[name]
