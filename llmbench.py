@@ -5887,6 +5887,8 @@ class Rows:
                 int(bucket)  # what is no number is refused here, where its line is known
                 gaps[bucket] = 0 + count
         if "itl_sum_ms" in record:
+            if not -FAR < record["itl_sum_ms"] < FAR:
+                raise ValueError("no time of a run")
             self._gap_sums.append(record["itl_sum_ms"])
             self.itl_min_ms = min(self.itl_min_ms, record["itl_min_ms"])
             self.itl_max_ms = max(self.itl_max_ms, record["itl_max_ms"])
@@ -5960,7 +5962,7 @@ class Rows:
             known["count"] += error["count"]
             if cause in other._verbatim:
                 known["sample"] = error["sample"]
-            firsts = [entry["first_ms"] for entry in (known, error) if "first_ms" in entry]
+            firsts = [entry["first_ms"] for entry in (error, known) if "first_ms" in entry]
             if firsts:
                 known["first_ms"] = min(firsts)
         self._verbatim |= other._verbatim
@@ -6125,7 +6127,8 @@ class Collector:
             self._rows(rows.stage).extend(rows, ((name, next(pieces)) for name in names))
         self.audits += other.audits
         self.end = self.end if other.end is None else other.end
-        self.samples = {**other.samples, **self.samples}
+        for name, sample in other.samples.items():
+            self.samples.setdefault(name, sample)
 
     def _rows(self, stage: int) -> Rows:
         rows = self.stages.get(stage)
@@ -15128,8 +15131,6 @@ def collect_in_parts(path: str, table: str, bounds: Sequence[int]) -> Collector:
             file.write(CSV_HEAD)
             for found in read_part(path, first, file):
                 collector.extend(found.pieces())
-            if not collector.header:
-                raise PartError("the file has no header")
             for rows, pieces, beside in parts:
                 if not beside.succeeded():
                     raise PartError("a process could not read its part")
@@ -15151,7 +15152,10 @@ def write_part(path: str, span: Tuple[int, int], rows: IO[bytes], pieces: IO[byt
     import pickle
 
     table = io.TextIOWrapper(rows, encoding="utf-8", errors="replace", newline="")  # type: ignore[arg-type]
+    parent = os.getppid()
     for found in read_part(path, span, table):
+        if os.getppid() != parent:
+            raise PartError("nobody waits for it any more")
         for piece in found.pieces():
             pickle.dump(piece, pieces, pickle.HIGHEST_PROTOCOL)
     pickle.dump(None, pieces)
@@ -15190,6 +15194,8 @@ def read_part(path: str, span: Tuple[int, int], table: TextIO) -> Iterator[Colle
                     line, length = scan(text, 0)
                     if text[length:] != "\n" or line.get("llmbench", FORMAT) != FORMAT:
                         raise ValueError("cut off, or of another format")
+                    if place == len(raw) and "run" not in line:
+                        raise ValueError("the first line is no header")
                     collector.add(line)
                 except UNREADABLE as error:
                     raise PartError(str(error)) from None
@@ -15210,17 +15216,14 @@ def build_outputs(
 
     Returns the summary.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     path = os.path.join(directory, RESULTS)
     collector = collect_and_tabulate(path, os.path.join(directory, RESULTS_CSV), notice)
-    with refusing_excess(path), ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(file_digest, path)  # a second of a large file; it needs no lock of the interpreter
+    with refusing_excess(path):
         summary = summarize(collector)
         with WholeFile(os.path.join(directory, SUMMARY)) as file:
             json.dump(summary, file, ensure_ascii=False, indent=2)
             file.write("\n")
-        header = {**collector.header, "results_sha256": digest.result()}
+        header = {**collector.header, "results_sha256": file_digest(path)}
         stages = collector.rows()
         for form in forms:
             name, make = FORMS[form]

@@ -550,9 +550,32 @@ def test_merged_files_whose_plans_come_late_are_read_in_parts_too(tmp_path, monk
 
 
 @in_parts
+def test_samples_stand_in_the_order_in_which_they_came(tmp_path, monkeypatch):
+    head, *lines = made_run(n=40, failing=0.0)
+    lines[9]["final_frame_raw"] = "data: [DONE]"
+    lines[30]["first_content_raw"] = "data: {}"
+    lines[31]["final_frame_raw"] = "data: another"
+    alone = files_of(tmp_path / "one", [head, *lines])
+    assert b"[DONE]" in alone[1]
+    assert small_parts(monkeypatch, lines=3) == []
+    assert files_of(tmp_path / "parts", [head, *lines]) == alone
+
+
+@in_parts
+def test_a_process_beside_ends_when_nobody_waits_for_it(tmp_path, monkeypatch):
+    path = write_lines(tmp_path, made_run(n=40)) / "results.jsonl"
+    monkeypatch.setattr(llmbench, "PART_LINES", 5)
+    parents = iter([7, 7, 7, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    told = pytest.raises(llmbench.PartError, match="nobody waits")
+    with open(tmp_path / "rows", "wb") as rows, open(tmp_path / "pieces", "wb") as pieces, told:
+        llmbench.write_part(str(path), (0, path.stat().st_size), rows, pieces)
+
+
+@in_parts
 @pytest.mark.parametrize("place", [0, 1, 40, 100, -1])
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"request_id":"x","stage":0}', b"\xff\xfe", b"7", b'{"run":7}',
-                                    b'{"llmbench":"9","run":{}}', b"{} {}"])  # fmt: skip
+                                    b'{"llmbench":"9","run":{}}', b"{} {}", b"{}"])  # fmt: skip
 def test_a_damaged_file_read_in_parts_is_told_as_ever(tmp_path, monkeypatch, place, damage):
     raw = [llmbench.encode_line(line)[:-1] for line in varied_run(1, stages=2)]
     raw[place] = damage

@@ -125,9 +125,9 @@ ACCURACY = (
 EXPLAIN = (
     "  arrival: first content, the client's time less the server's, ms. TTFT: the client's less the server's, ms.\n"
     "  sent: from the client's start to the receipt by the server, ms: its own queue, and part of the TTFT error.\n"
-    "  wave: until the first request of the last stream is out. CPU: per content event, first due to last end.\n"
-    "  apart: client and server on CPUs of their own; else now and then the one waits until the other leaves the CPU."
+    "  wave: until the first request of the last stream is out. CPU: per content event, first due to last end."
 )
+EXPLAIN_APART = "  apart: client and server on CPUs of their own; else the one at times waits for the other."
 
 
 def paced(rig: Rig, title: str, load: Load, repeat: int, columns: Sequence[Column]) -> None:
@@ -141,7 +141,9 @@ def paced(rig: Rig, title: str, load: Load, repeat: int, columns: Sequence[Colum
             )
     rows = repeated(rig, repeat, clients, lambda outcome, bare: accuracy(outcome, bare, load.streams))
     print_table("%s: %s" % (title, describe(load)), columns, rows)
-    print(EXPLAIN, flush=True)
+    print(EXPLAIN)
+    if len(rows) > 1 + len(rig.programs):
+        print(EXPLAIN_APART, flush=True)
 
 
 def accuracy(outcome: Outcome, bare: Outcome, streams: int) -> Row:
@@ -203,7 +205,8 @@ def case_d(rig: Rig, sizes: Sizes) -> None:
     """Events a second without pauses: each frame a write of its own, and many in one, which spares the server."""
     for title, load in (("D", sizes.d), ("D, batched", sizes.batched)):
         flood(rig, title, load, sizes.repeat)
-    print("  reader in C: a client that looks at nothing, and one that reads only every 5 ms: what the server can give")
+    if rig.reader is not None:
+        print("  reader in C: a client that looks at nothing; one that reads only every 5 ms: what the server can give")
     print("  (aims: 400,000 in one process, and in two 1.6 times that, unless the server is the limit)")
     print("  CPUs: %d, for client and server together" % len(os.sched_getaffinity(0)), flush=True)
 
@@ -238,8 +241,9 @@ def flood(rig: Rig, title: str, load: Load, repeat: int) -> None:
     cpus = len(os.sched_getaffinity(0))
     for name, row in rows[ours::2]:
         share = row["client CPU"] + row["server CPU"]
-        print("  %s: took %.0f %% of the CPUs with the server; at most %.2f times as much goes into all %d of them" % (
-            name, share / cpus, 100 * cpus / share, cpus))  # fmt: skip
+        if share < 100 * cpus and cpus > 1:
+            told = (name, share / cpus, 100 * cpus / share)
+            print("  %s: took %.0f %% of all CPUs, with the server; they hold %.2f times as much" % told)
 
 
 def throughput(outcome: Outcome, bare: Outcome) -> Row:
