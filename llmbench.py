@@ -5977,7 +5977,7 @@ def is_buffered(record: Mapping[str, Any]) -> bool:
     What this client itself read late, by a fifth of the answer's time, looks like a burst as well, and is none.
     """
     latency = record.get("latency_ms", 0.0)
-    if not record.get("itl_sum_ms", math.inf) < 0.05 * latency or record.get("lag_ms", 0.0) > 0.2 * latency:
+    if not record.get("itl_sum_ms", math.inf) < 0.05 * latency or (record.get("lag_ms") or 0.0) > 0.2 * latency:
         return False  # so it is of most answers
     gaps = record.get("itl_hist") or {}
     count = sum(gaps.values())
@@ -10923,6 +10923,16 @@ def start_method() -> str:
     return "fork" if sys.platform.startswith("linux") else "spawn"
 
 
+@contextlib.contextmanager
+def born_deaf() -> Iterator[None]:
+    """Processes started meanwhile ignore Ctrl-C from their first moment on: this one gets it and tells them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Crew:
     """Watches over the worker processes of a run: starts them, keeps them in step, adds up their progress."""
 
@@ -10947,8 +10957,7 @@ class Crew:
         import multiprocessing
 
         context = multiprocessing.get_context(start_method())
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a child inherits, from its first moment on
-        try:
+        with born_deaf():
             for number, plan in enumerate(self._plans):
                 ours, theirs = context.Pipe()
                 self._pipes[number] = ours
@@ -10957,8 +10966,6 @@ class Crew:
                 process.start()
                 theirs.close()
                 self._processes[number] = process
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     async def run(self) -> None:
         """Returns when every worker has ended; raises WriteError when one could not write."""
@@ -11076,12 +11083,9 @@ class Beside:
         import multiprocessing
 
         context = multiprocessing.get_context("fork")
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is told to this process, which ends that one
-        try:
-            self._process = context.Process(target=self._run, args=(function, arguments), daemon=True)
+        self._process = context.Process(target=self._run, args=(function, arguments), daemon=True)
+        with born_deaf():
             self._process.start()
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     @staticmethod
     def _run(function: Callable[..., None], arguments: Sequence[Any]) -> None:
@@ -14969,7 +14973,7 @@ def raw_lines(path: str) -> Iterator[bytes]:
 
 
 # What may happen to who takes a line for what it is not.
-UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, StopIteration)
+UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 def read_lines(path: str, notice: Callable[[str], None]) -> Iterator[Dict[str, Any]]:
@@ -15135,7 +15139,7 @@ def collect_in_parts(path: str, table: str, bounds: Sequence[int]) -> Collector:
                 if not beside.succeeded():
                     raise PartError("a process could not read its part")
                 take_part(collector, file, rows, pieces)
-        except OSError as error:
+        except (OSError, *UNREADABLE) as error:
             raise PartError(str(error)) from None
     return collector
 
@@ -15180,32 +15184,33 @@ def take_part(collector: Collector, file: io.TextIOWrapper, rows: IO[bytes], pie
 def read_part(path: str, span: Tuple[int, int], table: TextIO) -> Iterator[Collector]:
     """The lines from one byte to another in collectors of some thousand each, their rows in a table.
 
-    Raises PartError where a line is not as it should be.
+    Raises PartError or one of UNREADABLE where a line is not as it should be.
     """
-    scan, (place, end) = json.JSONDecoder().scan_once, span
-    with open(path, "rb") as lines:
-        lines.seek(place)
+    lines = part_lines(path, span)
+    for first in lines:
+        collector = Collector()
+        for line in itertools.chain((first,), itertools.islice(lines, PART_LINES - 1)):
+            collector.add(line)
+            if "request_id" in line:
+                table.write(csv_row(line))
+        yield collector
+
+
+def part_lines(path: str, span: Tuple[int, int]) -> Iterator[Dict[str, Any]]:
+    """The lines from one byte to another; raises PartError or one of UNREADABLE where one is not as it should be."""
+    read, (place, end) = json.JSONDecoder().raw_decode, span
+    with open(path, "rb") as file:
+        file.seek(place)
         while place < end:
-            began, collector = place, Collector()
-            for raw in itertools.islice(lines, PART_LINES):
-                place += len(raw)
-                try:
-                    text = raw.decode("utf-8")
-                    line, length = scan(text, 0)
-                    if text[length:] != "\n" or line.get("llmbench", FORMAT) != FORMAT:
-                        raise ValueError("cut off, or of another format")
-                    if place == len(raw) and "run" not in line:
-                        raise ValueError("the first line is no header")
-                    collector.add(line)
-                except UNREADABLE as error:
-                    raise PartError(str(error)) from None
-                if "request_id" in line:
-                    table.write(csv_row(line))
-                if place >= end:
-                    break
-            if place == began:
-                raise PartError("the file became shorter")
-            yield collector
+            raw = file.readline()
+            text = raw.decode("utf-8")
+            line, length = read(text)
+            if text[length:] != "\n" or line.get("llmbench", FORMAT) != FORMAT:
+                raise PartError("a line that is cut off, or of another format")
+            if not place and "run" not in line:
+                raise PartError("the first line is no header")
+            place += len(raw)
+            yield line
 
 
 def build_outputs(
@@ -15366,10 +15371,10 @@ def write_comparison(
 
 # The shards of a run. Host k of n leaves a directory of its own. Its requests are those whose number i has i mod n = k,
 # or it is the conversations that are so numbered and shared out: a record's id says whether it belongs there, and one
-# bit for each number whether it came before. All files are read
-# once to find out whether they can be merged; only then is anything written, in a second reading. Records are copied as
-# they are, in the order in which they ended; nothing is averaged and no time is shifted. Times count from the run's
-# zero, the --start-at that all hosts share, each on its own clock: how far these are apart is said, not corrected.
+# bit for each number whether it came before. All files are read once to find out whether they can be merged; only then
+# is anything written, in a second reading. Records are copied as they are, in the order in which they ended; nothing is
+# averaged and no time is shifted. Times count from the run's zero, the --start-at that all hosts share, each on its own
+# clock: how far these are apart is said, not corrected.
 
 SHARD = re.compile(r"^([0-9]{1,5})/([0-9]{1,5})$")
 AUTH_SETTINGS = ("auth_key", "auth_secret", "auth_opt", "token_source", "fetched")

@@ -885,6 +885,13 @@ def test_too_little_or_nothing_that_differs_has_no_shift(starts, values):
     assert llmbench.find_shift(starts, values) is None
 
 
+@pytest.mark.parametrize("lag, buffered", [({}, True), ({"lag_ms": None}, True), ({"lag_ms": 150.0}, True),
+                                            ({"lag_ms": 250.0}, False)])  # fmt: skip
+def test_a_burst_is_the_endpoints_unless_this_client_was_late(lag, buffered):
+    record = {"latency_ms": 1000.0, "itl_sum_ms": 0.4, "itl_hist": {"0": 20}}
+    assert llmbench.is_buffered({**record, **lag}) is buffered
+
+
 def test_ranks_share_ties():
     assert llmbench.ranks_of([5.0, 1.0, 5.0, 9.0]) == [2.5, 1.0, 2.5, 4.0]
 
