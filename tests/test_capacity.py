@@ -139,10 +139,14 @@ def test_tokens_that_nobody_counts_end_a_run_that_is_to_bound_them(tmp_path):
 def test_a_probe_that_was_cut_off_says_nothing(tmp_path, processes):
     """The tokens last for the probes of 1 and 2 streams and a part of the next."""
     with mock_server(*FAST) as url:
-        run = Run(
-            tmp_path / "a", "--url", url, "--find-max", "concurrency", "--concurrency", "1,8", "--slo", "ttft.p95<=9s",
-            "--total-requests", "40", "--max-total-tokens", "3200", "--processes", processes,
-        ).wait()  # fmt: skip
+        for attempt in "abc":
+            run = Run(
+                tmp_path / attempt, "--url", url, "--find-max", "concurrency", "--concurrency", "1,8",
+                "--slo", "ttft.p95<=9s", "--total-requests", "40", "--max-total-tokens", "3200",
+                "--processes", processes,
+            ).wait()  # fmt: skip
+            if not any("limited_by" in stage["client"] for stage in run.summary["stages"]):
+                break  # else this busy host ended the search before its tokens did
     found, loads = run.summary["find_max"], [stage["load"]["concurrency"] for stage in run.summary["stages"]]
     assert found["cut_off"] is True
     assert [probe["load"] for probe in found["probes"]] == loads[:-1]
