@@ -8520,31 +8520,43 @@ def describe_tls_error(error: BaseException) -> str:
     return text.lower().replace("_", " ") if text.isupper() else text
 
 
-def resolve(host: str, port: int) -> asyncio.Future:
-    """The addresses of a host, asked for in a thread that does not hold up the exit when the resolver hangs."""
+def in_thread(work: Callable[[], Any]) -> asyncio.Future:
+    """What `work` returns or raises, done in a thread that holds up neither the loop nor the exit."""
     loop = asyncio.get_event_loop()
-    addresses = loop.create_future()
+    future = loop.create_future()
 
-    def settle(found: Sequence[Any], error: Optional[Exception]) -> None:
-        if error is not None and not addresses.done():
-            addresses.set_exception(error)
-            addresses.exception()  # nobody may be waiting any more, and asyncio would complain of it
-        elif not addresses.done():
-            addresses.set_result(found)
+    def settle(value: Any, error: Optional[BaseException]) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+            future.exception()  # nobody may be waiting any more, and asyncio would complain of it
 
-    def ask() -> None:
-        found, failure = [], None  # type: List[Any], Optional[Exception]
+    def run() -> None:
+        value, failure = None, None  # type: Any, Optional[BaseException]
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-        except UnicodeError:  # an empty label, or one of more than 63 letters
-            failure = OSError("not a host name")
-        except OSError as error:
+            value = work()
+        except Exception as error:
             failure = error
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, found, failure)
+            loop.call_soon_threadsafe(settle, value, failure)
 
-    threading.Thread(target=ask, daemon=True).start()
-    return addresses
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def resolve(host: str, port: int) -> asyncio.Future:
+    """The addresses of a host, as `getaddrinfo` gives them; OSError."""
+
+    def ask() -> List[Any]:
+        try:
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+        except UnicodeError:  # an empty label, or one of more than 63 letters
+            raise OSError("not a host name") from None
+
+    return in_thread(ask)
 
 
 class Proxy(NamedTuple):
@@ -10010,11 +10022,6 @@ class Runner:
                 return
             yield Due(talk, moment, self._first_job(stage, talk))
 
-    def _has_room(self, phase: Phase) -> bool:
-        """Whether another stream is allowed."""
-        cap = phase.stage.concurrency
-        return not cap or len(self._streams) < streams_of(phase.part, cap)
-
     def _add_stream(self) -> Stream:
         stream = Stream(len(self._streams))
         self._streams.append(stream)
@@ -10029,11 +10036,11 @@ class Runner:
                 return idle.pop(position)
         if idle:
             return idle.pop()
-        return self._add_stream() if self._has_room(phase) else None
+        return self._add_stream() if not phase.stage.concurrency else None  # a cap's streams were made at the start
 
     def _keep_spares(self, phase: Phase) -> None:
         """Opens a connection ahead when few idle ones are left: opening it when a request is due would delay that."""
-        if len(self._idle) < SPARE_STREAMS and self._has_room(phase) and not self._opening:
+        if len(self._idle) < SPARE_STREAMS and not phase.stage.concurrency and not self._opening:
             self._opening = True
             self._start(self._open_spare())
 
@@ -10632,32 +10639,6 @@ def secret_of_command(command: str, flag: str) -> str:
     if answer.returncode or not lines[0]:
         raise UserError("%s cmd: ended with status %d and printed no secret" % (flag, answer.returncode))
     return lines[0].strip()
-
-
-def in_thread(work: Callable[[], Any]) -> asyncio.Future:
-    """What `work` returns or raises, done in a thread that holds up neither the loop nor the exit."""
-    loop = asyncio.get_event_loop()
-    future = loop.create_future()
-
-    def settle(value: Any, error: Optional[BaseException]) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(error)
-
-    def run() -> None:
-        value, failure = None, None  # type: Any, Optional[BaseException]
-        try:
-            value = work()
-        except Exception as error:
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, value, failure)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def random_nonce() -> str:
