@@ -14,7 +14,7 @@ and a section uses only what stands above it (`grep -n '^# [0-9]' llmbench.py` l
  6. Providers    prompt -> HTTP request; event -> frames
  7. Registry     all providers by name
  8. Workload     files and built-ins -> prompts
- 9. Statistics   records -> summary; two runs compared
+ 9. Statistics   records -> summary
 10. Comparison   two runs, and what of their difference is more than chance
 11. Load         which request belongs to which part, and when it is due
 12. Connection   sockets, TLS, arrival stamps, keep-alive
@@ -813,8 +813,8 @@ def read_duration(text: str) -> float:
     if not match:
         raise ValueError("needs a duration such as 500ms, 30s, 5m or 8h")
     seconds = float(match.group(1)) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}[match.group(2)]
-    if seconds <= 0:
-        raise ValueError("must be above 0")
+    if not 0 < seconds < math.inf:
+        raise ValueError("must be above 0" if seconds <= 0 else "is too long")
     return seconds
 
 
@@ -1054,7 +1054,11 @@ class NDJSONParser:
 # then says `compressed`, for its chunk times are the compressor's. Interim 1xx answers are skipped.
 # Redirects are not followed: the token would travel with them.
 
-HEAD_LIMIT = 64 * 1024
+HEAD_LIMIT = 64 * 1024  # bytes of a head; of all trailers
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+TRAILERS_END = re.compile(rb"(?:\A|\n)\r?\n")
+INTERIM_LIMIT = 100  # 1xx answers before the answer
+UNPACKED_LIMIT = 1 << 25  # bytes that one read may unpack to
 LINE_LIMIT = 8 * 1024  # a chunk-size line with its extensions
 SPLIT_WORTH = 1024  # bytes of a read from which on splitting it at once pays: it may hold several chunks
 CHUNK_SIZE = re.compile(rb"^([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?$")
@@ -1169,11 +1173,14 @@ class Decompressor:
             raise ParseError("broken compressed body: %s" % error) from None
 
     def _decode(self, data: bytes) -> bytes:
-        pieces = []
+        pieces, room = [], UNPACKED_LIMIT
         while data:
             if self._engine.eof:  # another gzip member follows
                 self._engine = zlib.decompressobj(self._wbits)
-            pieces.append(self._engine.decompress(data))
+            pieces.append(self._engine.decompress(data, room))
+            if self._engine.unconsumed_tail:
+                raise ParseError("a compressed body that unpacks to more than %d bytes at once" % UNPACKED_LIMIT)
+            room -= len(pieces[-1]) - 1  # never 0, which would be no bound
             data = self._engine.unused_data
         return b"".join(pieces)
 
@@ -1231,12 +1238,13 @@ class ResponseReader:
         return "close" not in options and (self.head.minor == 1 or "keep-alive" in options)
 
     def _read_head(self, data: bytes) -> bytes:
+        searched = max(0, len(self._buffer) - 3)  # no blank line ends before it
         self._buffer += data
         while True:
             start = self._buffer[:8]
             if not b"HTTP/1.".startswith(start[:7]):
                 raise ParseError("not an HTTP/1.1 answer: it begins with %r" % self._buffer[:60].decode("latin-1"))
-            match = re.search(rb"\r?\n\r?\n", self._buffer)
+            match = HEAD_END.search(self._buffer, searched)
             if (match.start() if match else len(self._buffer)) > HEAD_LIMIT:
                 raise ParseError("the response head is longer than %d bytes" % HEAD_LIMIT)
             if match is None:
@@ -1250,7 +1258,9 @@ class ResponseReader:
                 self._choose_body(head)
                 return self._read(rest)
             self.interim += 1
-            self._buffer = rest
+            if self.interim > INTERIM_LIMIT:
+                raise ParseError("more than %d interim answers (1xx)" % INTERIM_LIMIT)
+            self._buffer, searched = rest, 0
             if not rest:
                 return b""
 
@@ -1400,24 +1410,21 @@ class ResponseReader:
         if not match:
             raise ParseError("not a chunk size: %r" % line[:40].decode("latin-1"))
         size = int(match.group(1), 16)
-        if len(self._sizes) < 8192:
+        if len(self._sizes) < 8192 and len(line) <= 18:  # without extensions, which may be different each time
             self._sizes[line] = self._sizes[line[:-1] if line[-1:] == b"\r" else line] = size
         return size
 
     def _read_trailers(self, data: bytes) -> bytes:
         """Trailer fields are read to the blank line and thrown away (RFC 9112 section 7.1.2)."""
+        searched = max(0, len(self._buffer) - 2)
         self._buffer += data
-        while True:
-            end = self._buffer.find(b"\n")
-            if end < 0:
-                if len(self._buffer) > HEAD_LIMIT:
-                    raise ParseError("the trailers are longer than %d bytes" % HEAD_LIMIT)
-                return b""
-            line, self._buffer = self._buffer[:end], self._buffer[end + 1 :]
-            if line in (b"\r", b""):
-                rest, self._buffer = self._buffer, b""
-                self._finish(rest)
-                return b""
+        match = TRAILERS_END.search(self._buffer, searched)
+        if (match.start() if match else len(self._buffer)) > HEAD_LIMIT:
+            raise ParseError("the trailers are longer than %d bytes" % HEAD_LIMIT)
+        if match is not None:
+            rest, self._buffer = self._buffer[match.end() :], b""
+            self._finish(rest)
+        return b""
 
 
 # ==================================================================================================
@@ -1835,9 +1842,10 @@ FUNCTIONS: Dict[str, Function] = {
 
 
 class Shade(NamedTuple):
-    """What may be shown of a value. secret: it gives a secret away; derived: it is computed with one, through a hash or
+    """What may be shown of a value.
 
-    not; varied: it is another one for each request, so that a hash over it and a secret stands for no secret.
+    secret: it gives a secret away; derived: it is computed with one, through a hash or not; varied: it is another one
+    for each request, so that a hash over it and a secret stands for no secret.
     """
 
     secret: bool = False
@@ -1864,6 +1872,7 @@ class Word(NamedTuple):
     column: int
 
 
+BLANK = re.compile(r"\s*")
 WORD = re.compile(
     r"(?P<text>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")|(?P<number>-?[0-9]+)"
     r"|(?P<name>[A-Za-z_][A-Za-z0-9_]*(?:[:-][A-Za-z0-9_]+)*)|(?P<mark>[(),=])",
@@ -1900,7 +1909,7 @@ class Parser:
     def _tokenize(self) -> List[Word]:
         tokens, at = [], 0
         while True:
-            at += len(self._text[at:]) - len(self._text[at:].lstrip())
+            at = BLANK.match(self._text, at).end()  # type: ignore[union-attr]
             if at == len(self._text):
                 return [*tokens, Word("end", "", at + 1)]
             match = WORD.match(self._text, at)
@@ -2103,6 +2112,8 @@ class Pipeline:
             names[name] = node.shade
             compiled.append((name, node))
         keys = {key for _, node in compiled for key in node.keys}
+        for name, node in reversed(compiled):  # what a key is made of is as good as the key
+            keys |= node.names if name in keys else set()
         self.steps = [
             Step(name, node, node.shade.secret or (node.shade.derived and name in keys)) for name, node in compiled
         ]
@@ -2512,6 +2523,7 @@ class HmacAuth(Steps):
         "signature-format": "the signature header's value (default ${signature}); also ${key}, ${time}, ${nonce}",
     }  # fmt: skip
     PARTS = ("key", "time", "nonce", "method", "path", "query", "target", "host", "body", "body-hash")
+    FORMAT = ("signature", "key", "time", "nonce")
     HEADERS = (("key", "X-Access-Key"), ("time", "X-Timestamp"), ("nonce", "X-Nonce"), ("signature", "X-Signature"))
 
     def __init__(self, secrets: Secrets) -> None:
@@ -2534,6 +2546,11 @@ class HmacAuth(Steps):
         self.name = "hmac"
         values = {"key": "${key}" if secrets.key else "", "time": "${stamp}", "nonce": "${nonce}"}
         form = options.get("signature-format", "${signature}")
+        for name in PLACEHOLDER.findall(form):
+            if name not in self.FORMAT:
+                raise UserError("--auth-opt signature-format: ${%s} is none of %s%s"
+                                % (name, ", ".join("${%s}" % known for known in self.FORMAT),
+                                   nearest(name, self.FORMAT)))  # fmt: skip
         values["signature"] = form.replace("${time}", "${stamp}")
         named = ((options.get(what + "-header", default), values[what]) for what, default in self.HEADERS)
         self._added = [(name, value) for name, value in named if name and value]
@@ -2554,7 +2571,7 @@ class HmacAuth(Steps):
 
 def quote_text(text: str) -> str:
     r"""A text of an option in the quotes of a step's expression; \n and \t in it mean what they mean there."""
-    return "'%s'" % text.replace("'", "\\'")
+    return "'%s'" % re.sub(r"\\.|'|\\\Z", lambda match: match[0].rjust(2, "\\"), text, flags=re.DOTALL)
 
 
 # A token that must be asked for first.
@@ -2600,6 +2617,9 @@ class TokenExchange:
                                 ("expires_in", (str, int, float), "a path or seconds")):  # fmt: skip
             if key in form and not isinstance(form[key], kind):
                 raise UserError("%s: exchange.%s must be %s" % (where, key, said))
+        for name, value in form.get("auth_options", {}).items():
+            if not isinstance(value, str):
+                raise UserError("%s: exchange.auth_options.%s must be a text" % (where, name))
         url, other = form.get("url", ""), secrets.options.get("exchange-url")
         if other:  # the query says what is asked, which doesn't change with the address
             url = other if "?" in other else other + "".join(url.partition("?")[1:])
@@ -2650,7 +2670,7 @@ class TokenExchange:
             body = json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
         elif "form" in form:
             fields = form["form"].items()
-            pairs = (percent_encode(name) + "=" + self._filled(str(value), True) for name, value in fields)
+            pairs = (percent_encode(name) + "=" + percent_encode(self._filled(str(value))) for name, value in fields)
             body, kind = "&".join(pairs).encode("ascii"), "application/x-www-form-urlencoded"
         headers = [
             ("Host", parts.netloc), ("User-Agent", "llmbench/" + __version__), ("Accept", "application/json"),
@@ -2690,7 +2710,7 @@ class TokenExchange:
                 return read_iso(value)
         try:
             seconds = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
         if not 0.0 < seconds < 1e15:
             return None
@@ -2712,10 +2732,17 @@ def value_at(tree: Any, path: str) -> Any:
 
 
 def read_iso(text: str) -> float:
-    """Seconds since 1970 of an ISO 8601 time in UTC; raises ValueError."""
-    whole = re.split(r"[.Z+]", text)[0]
-    when = datetime.datetime.strptime(whole, "%Y-%m-%dT%H:%M:%S")
-    return when.replace(tzinfo=datetime.timezone.utc).timestamp()
+    """Seconds since 1970 of an ISO 8601 time, in UTC where it names no offset; raises ValueError.
+
+    >>> read_iso("2026-11-24T08:05:24.5+08:00") == read_iso("2026-11-24T00:05:24Z")
+    True
+    """
+    match = re.match(r"^(.{19})(?:[.,][0-9]+)?(?:Z|([+-])([0-9]{2}):?([0-9]{2}))?\Z", text.strip())
+    if match is None:
+        raise ValueError("not an ISO 8601 time")
+    when = datetime.datetime.strptime(match[1], "%Y-%m-%dT%H:%M:%S").replace(tzinfo=datetime.timezone.utc)
+    ahead = int(match[2] + "1") * (3600 * int(match[3]) + 60 * int(match[4])) if match[2] else 0
+    return when.timestamp() - ahead
 
 
 def jwt_expiry(token: str) -> Optional[float]:
@@ -2725,9 +2752,10 @@ def jwt_expiry(token: str) -> Optional[float]:
         return None
     try:
         expiry = json.loads(decode_base64(parts[1]).decode("utf-8"))["exp"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return float(expiry) if isinstance(expiry, (int, float)) and not isinstance(expiry, bool) and expiry > 0 else None
+    known = isinstance(expiry, (int, float)) and not isinstance(expiry, bool) and 0 < expiry < 1e15
+    return float(expiry) if known else None
 
 
 class Exchanging(Auth):
@@ -2884,8 +2912,11 @@ def secrets_for(config: Config, name: str, provider: Any) -> Secrets:
 
 
 def userinfo_of(url: str) -> Tuple[str, str]:
-    """User and password that a URL names."""
-    parts = urlsplit(url)
+    """User and password that a URL names; none of one that can't be read, which is said where it is used."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "", ""
     return unquote(parts.username or ""), unquote(parts.password or "")
 
 
@@ -3141,7 +3172,6 @@ def integer(value: Any) -> Optional[int]:
     return int(value) if 0 <= value < 1e15 else None
 
 
-# Where an error's message may stand, over all known dialects.
 def error_of(message: Any, kind: str = "message") -> Optional[str]:
     """The error that a JSON object reports, whatever its dialect; None when it reports none."""
     if isinstance(message, list) and len(message) == 1:  # Gemini wraps its errors at times
@@ -3569,6 +3599,7 @@ class ThinkTags:
     """
 
     OPEN, CLOSE = "<think>", "</think>"
+    BLANKS = 256  # before the tag, and pieces that make them: text with more of them is no thought
 
     def __init__(self, mode: str) -> None:
         self.settled = mode == "off"
@@ -3588,7 +3619,7 @@ class ThinkTags:
             whole = "".join(piece for piece, _ in pieces)
             start = len(whole) - len(whole.lstrip())
             begin = whole[start : start + len(self.OPEN)]
-            if begin != self.OPEN and self.OPEN.startswith(begin):
+            if begin != self.OPEN and self.OPEN.startswith(begin) and max(len(pieces), start) <= self.BLANKS:
                 self._held = pieces
                 return []
             if begin != self.OPEN:
@@ -3653,7 +3684,7 @@ class Place:
     PART = re.compile(
         r'(?:(?P<name>[^\s."\[\]][^."\[\]]*)|"(?P<quoted>[^"]+)")?(?P<filters>(?:\[[^\[\]]*\])*)(?:\.(?=.)|\Z)'
     )
-    FILTER = re.compile(r'\[\s*(?P<name>[^\[\]=!]+?)\s*(?P<op>!?=)\s*(?P<value>[^\[\]]*?)\s*\]')
+    FILTER = re.compile(r"\[(?P<name>[^\[\]=!]+)(?P<op>!?=)(?P<value>[^\[\]]*)\]")
 
     def __init__(self, text: Any, where: str, event: Optional[str] = None) -> None:
         if not isinstance(text, str) or not text.strip():
@@ -3684,9 +3715,9 @@ class Place:
             self._steps.append(("name", self.last, None))
         for condition in re.findall(r"\[[^\[\]]*\]", filters):
             match = self.FILTER.match(condition)
-            if match is None:
+            if match is None or not match.group("name").strip():
                 raise UserError("%s: %s is no condition; write [name=value] or [name!=value]" % (where, condition))
-            name, wanted = match.group("name"), match.group("value").strip('"')
+            name, wanted = match.group("name").strip(), match.group("value").strip().strip('"')
             self.asked.add(name)
             self._steps.append(("filter", name, (match.group("op") == "=", wanted)))
             self.single, self.last = False, ""
@@ -4759,7 +4790,8 @@ def once(pairs: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
     """An object of JSON; raises ValueError for a key that is given twice."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
-        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        seen: Set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError("the key %r is given twice" % twice)
     return tree
 
@@ -5004,7 +5036,7 @@ def user_message(text: str) -> Dict[str, Any]:
 def read_json(line: str, name: str, label: str) -> Any:
     """One line of JSONL; raises UserError when it is not JSON."""
     try:
-        return json.loads(line)
+        return json.loads(line, parse_constant=read_no_constant)
     except (ValueError, RecursionError) as error:
         raise UserError("%s %s is not JSON (%s); mend or remove it" % (name, label, error)) from None
 
@@ -5122,7 +5154,8 @@ TRACE_TIME = ("timestamp",)
 TRACE_INPUT = ("input_length", "request tokens")
 TRACE_OUTPUT = ("output_length", "response tokens")
 TRACE_UNITS = {"ms": 0.001, "s": 1.0}
-TRACE_LIMIT = 1e15  # a time in ms or a length above it is a mistake
+TRACE_LIMIT = 1e15  # a time in ms above it is a mistake
+LENGTH_CEILING = 1e8  # tokens of one request: a length above it is a mistake
 # What a block of a trace may stand for. Mooncake's have 512 tokens; serving engines' own blocks are smaller.
 BLOCK_TOKENS = (512, 16, 32, 64, 128, 256, 1024, 2048)
 
@@ -5187,7 +5220,8 @@ def trace_prompt(values: Sequence[Any], scale: float, where: str, label: str, bl
     """A request of a trace from its time, input length and output length; a length may be 0 here."""
     if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
         raise UserError("%s: its timestamp, input_length and output_length must be numbers" % where)
-    if not all(abs(value) < TRACE_LIMIT for value in values):  # NaN is below nothing
+    limits = (TRACE_LIMIT, LENGTH_CEILING, LENGTH_CEILING)
+    if not all(abs(value) < limit for value, limit in zip(values, limits)):  # NaN is below nothing
         raise UserError("%s: its timestamp or one of its lengths is out of range" % where)
     moment, source, target = values
     if source < 0 or target < 0 or source != int(source) or target != int(target):
@@ -7874,6 +7908,9 @@ def talks_from(first: int, last: Optional[int], turns: Callable[[int], int]) -> 
         number, index = number + 1, index + count
 
 
+SHORTEST_GAP = 1e-6  # s between a trace's requests in the mean: less is no rate
+
+
 def due_times(arrival: str, rate: float, seed: str) -> Iterator[float]:
     """The moments at which an open loop's conversations are due, in s from the phase's beginning, without end.
 
@@ -7896,13 +7933,19 @@ def due_times(arrival: str, rate: float, seed: str) -> Iterator[float]:
         yield moment
 
 
+def trace_gap(times: Sequence[float]) -> float:
+    """The mean gap of a trace, in s; 1 where it has none: a single request, or all in one moment."""
+    gap = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0
+    return gap if gap > SHORTEST_GAP else 1.0
+
+
 def trace_times(times: Sequence[float], speed: float) -> Iterator[float]:
     """The moments of a trace, `speed` times as fast; it starts again one mean gap after its end.
 
     >>> list(itertools.islice(trace_times([0.0, 1.0, 4.0], 2.0), 5))
     [0.0, 0.5, 2.0, 3.0, 3.5]
     """
-    span = times[-1] * len(times) / (len(times) - 1) if len(times) > 1 else 1.0
+    span = trace_gap(times) * len(times)
     for lap in itertools.count():
         for moment in times:
             yield (lap * span + moment) / speed
@@ -7918,7 +7961,7 @@ def stage_dues(config: Config, stage: Stage, phase: str, prompts: Sequence[Promp
 
 def trace_rate(times: Sequence[float], speed: float) -> float:
     """The mean rate of a trace, in requests per second."""
-    return (len(times) - 1) / times[-1] * speed if len(times) > 1 and times[-1] > 0 else speed
+    return speed / trace_gap(times)
 
 
 def ramp_delay(part: Part, stream: int, concurrency: int, ramp: Optional[float]) -> float:

@@ -65,6 +65,11 @@ def test_durations(text, seconds):
     assert llmbench.read_duration(text) == pytest.approx(seconds)
 
 
+def test_a_duration_beyond_all_reckoning():
+    with pytest.raises(ValueError, match=r"^is too long$"):
+        llmbench.read_duration("9" * 400)
+
+
 @pytest.mark.parametrize("text", ["", "s", "0", "0s", "0.0ms", "-1s", "5 m", "1h30m", "1e3", "inf", "nan", "5d", "5S",
 "5us", "１s",
                                   "1,5s", "5s\n6s"])  # fmt: skip

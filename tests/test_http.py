@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import time
 import zlib
 from typing import Dict, Iterator, List, NamedTuple, Tuple
 
@@ -442,9 +443,43 @@ def test_a_chunk_size_line_without_end_is_refused(begin: bytes) -> None:
         read_all(ResponseReader(), [CHUNKED + begin, *[b"1" * 1024] * 9])
 
 
-def test_a_trailer_without_end_is_refused() -> None:
+@pytest.mark.parametrize("line", [b"x" * 1024, b"a: b\r\n" * 170, b"a\n" * 512])
+def test_trailers_without_end_are_refused(line: bytes) -> None:
     with pytest.raises(ParseError, match="trailers"):
-        read_all(ResponseReader(), [CHUNKED + b"0\r\n", *[b"x" * 1024] * 65])
+        read_all(ResponseReader(), [CHUNKED + b"0\r\n", *[line] * 65])
+
+
+def test_interim_answers_without_end_are_refused() -> None:
+    interim = head(status="100 Continue")
+    assert read_all(ResponseReader(), [interim * 100, head("Content-Length: 2") + b"hi"]) == b"hi"
+    with pytest.raises(ParseError, match="interim"):
+        read_all(ResponseReader(), [interim] * 101)
+
+
+def test_what_a_read_unpacks_to_is_bounded() -> None:
+    bomb = gzip.compress(bytes(64 << 20))
+    assert len(bomb) < 65536
+    with pytest.raises(ParseError, match="unpacks to more than"):
+        Decompressor("gzip").feed(bomb)
+    within = Decompressor("gzip").feed(gzip.compress(bytes(20 << 20)))
+    assert len(within) == 20 << 20
+    with pytest.raises(ParseError, match="unpacks to more than"):
+        Decompressor("gzip").feed(gzip.compress(bytes(20 << 20)) * 2)
+
+
+def test_sizes_with_extensions_are_not_all_kept() -> None:
+    reader = ResponseReader()
+    wire = b"".join(b"1;n=%060d\r\nx\r\n" % number for number in range(2000))
+    assert read_all(reader, [CHUNKED, wire]) == b"x" * 2000
+    assert not reader._sizes
+
+
+def test_a_head_that_drips_is_read_once() -> None:
+    """60,000 bytes one by one: 60,000 searches from its beginning are 20 s of CPU, this is less than one."""
+    begin = time.process_time()
+    long = head("X: " + "y\n z" * 12000, "Content-Length: 2") + b"hi"
+    assert read_all(ResponseReader(), [long[at : at + 1] for at in range(len(long))]) == b"hi"
+    assert time.process_time() - begin < 6.0
 
 
 # The head.

@@ -114,6 +114,13 @@ def test_poisson_counts_in_equal_spans_are_as_spread_as_they_are_many():
     assert statistics.variance(per_second) / statistics.mean(per_second) == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.parametrize("times", [[0.0], [0.0] * 4, [0.0, 0.0, 1e-9]])
+def test_a_trace_without_a_length_of_time_has_a_request_a_second_in_the_mean(times):
+    laps = list(itertools.islice(llmbench.trace_times(times, 2.0), 3 * len(times)))
+    assert [laps[lap * len(times)] for lap in range(3)] == [0.5 * lap * len(times) for lap in range(3)]
+    assert llmbench.trace_rate(times, 2.0) == 2.0
+
+
 def test_the_same_seed_gives_the_same_times_and_another_seed_others():
     assert drawn("poisson", 3.0, 500) == drawn("poisson", 3.0, 500)
     assert drawn("poisson", 3.0, 500) != drawn("poisson", 3.0, 500, "arrival 1 0 measure")

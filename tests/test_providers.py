@@ -1351,6 +1351,14 @@ def test_off_leaves_content_alone(whole: str) -> None:
     assert split_thoughts([whole], "off") == [(content(whole), 10.0)]
 
 
+@pytest.mark.parametrize("pieces", [[" "] * 20000, [" " * 20000] * 20, ["<think", *[">"] * 3]])
+def test_blanks_without_end_are_content(pieces: List[str]) -> None:
+    """20,000 held pieces that are joined for each new one are a minute; so many blanks begin no thought."""
+    frames = split_thoughts(pieces)
+    assert "".join(frame.text for frame, _ in frames) == "".join(pieces).replace("<think>", "")
+    assert [arrived for _, arrived in frames] == sorted(arrived for _, arrived in frames)
+
+
 def test_settled_as_soon_as_nothing_can_change() -> None:
     for pieces, settled in [
         (["Hi"], True),

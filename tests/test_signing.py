@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import calendar
 import json
 import time
@@ -494,6 +495,20 @@ def test_a_derived_key_is_not_shown_and_what_it_signs_is():
     assert shown["s2 is made of"] == "AK|1735787045" and len(shown["s2"]) == 64
 
 
+def test_what_a_derived_key_is_made_of_is_not_shown():
+    signed = sign_by_steps(["hmac(secret, time('date'))", "lower(s0)", "trim(s1)", "hmac(s2, body)"], "/", [])
+    shown = dict(signed.steps)
+    assert [shown[name] for name in ("s0", "s1", "s2")] == ["***"] * 3 and len(shown["s3"]) == 64
+
+
+@pytest.mark.parametrize("text,means", [
+    ("|", "|"), ("\\", "\\"), ("it's", "it's"), ("\\'", "'"), ("\\n", "\n"), ("\\\\", "\\"), ("'", "'"),
+    ("a\\\\'", "a\\'"),
+])  # fmt: skip
+def test_an_options_text_in_the_quotes_of_a_step(text, means):
+    assert value(llmbench.quote_text(text)) == means
+
+
 def test_a_run_that_measures_collects_no_steps():
     auth = llmbench.Steps(llmbench.Auth(Secrets("AK", "SK")), steps("key"))
     auth.explaining = False
@@ -539,6 +554,8 @@ def test_the_default_is_a_bearer_token_where_there_is_one():
     ({"auth": "hmac", "auth_secret": "s", "auth_opt": {"parts": "time,bodi"}}, "parts: 'bodi' is none of key, time"),
     ({"auth": "hmac", "auth_secret": "s", "auth_opt": {"hash": "sha2"}}, "--auth-opt hash must be one of sha256"),
     ({"auth": "hmac", "auth_secret": "s", "auth_opt": {"encoding": "hexx"}}, "out must be one of hex"),
+    ({"auth": "hmac", "auth_secret": "s", "auth_opt": {"signature-format": "HMAC ${key}:${sign}"}},
+     "signature-format: ${sign} is none of ${signature}, ${key}, ${time}, ${nonce} (did you mean signature?)"),
     ({"token": "t", "auth_opt": {"refresh": "5m"}}, "--auth-opt refresh needs a token to ask for again"),
     ({"token": "t", "token_source": "cmd:x", "auth_opt": {"refresh": "soon"}}, "--auth-opt refresh needs a duration"),
     ({"auth": "tc3", "auth_key": "k", "auth_secret": "s", "header": ["Authorization: x"]},
@@ -562,6 +579,10 @@ def test_ark_needs_an_endpoint_id_which_is_the_model():
 
 
 # --- tokens that are asked for ----------------------------------------------------------------------------------------
+
+
+def jwt_of(claims):
+    return "a.%s.c" % base64.urlsafe_b64encode(claims.encode()).decode().rstrip("=")
 
 
 def exchange(options=None, **form):
@@ -619,6 +640,11 @@ def test_a_declared_exchange():
     assert exchange(body={"a": ["${secret}", 1]}).question(0.0, NONCE).body == b'{"a":["s&k",1]}'
 
 
+def test_the_fields_of_a_form_are_encoded_whoever_wrote_them():
+    question = exchange(form={"scope": "读 a&b=c", "id": "${key}"}).question(0.0, NONCE)
+    assert question.body == b"scope=%E8%AF%BB%20a%26b%3Dc&id=a%20k"
+
+
 def test_the_address_of_an_exchange_can_be_another():
     other = {"exchange-url": "http://127.0.0.1:1/token"}
     assert exchange(other, url="https://v.com/x?grant=1").question(0.0, NONCE).url == "http://127.0.0.1:1/token?grant=1"
@@ -634,6 +660,7 @@ def test_the_address_of_an_exchange_can_be_another():
     ({"auth": "baidu-oauth"}, "is unknown"), ({"headers": {"A": "${nope}"}}, "${nope} is not known"),
     ({"expires_in": []}, "exchange.expires_in must be a path or seconds"), ({"url": "http://h:99999/"}, "port"),
     ({"auth": []}, "exchange.auth must be a text"), ({"auth_options": None}, "exchange.auth_options must be an object"),
+    ({"auth": "bce-v1", "auth_options": {"expires": 60}}, "exchange.auth_options.expires must be a text"),
 ])  # fmt: skip
 def test_an_exchange_of_a_wrong_form_is_refused(form, said):
     with pytest.raises(llmbench.UserError, match=r"^gw\.json: ") as caught:
@@ -658,7 +685,10 @@ def test_an_answer_without_a_token(status, body, said):
     ("expires_in", 60, 1060.0), ("expires_in", "60", 1060.0), ("expires_in", None, None), ("expires_in", -1, None),
     ("expires_in", "soon", None), (30, None, 1030.0), ("expires_in", 1735787045, 1735787045.0),
     ("expires_in", 1735787045000, 1735787045.0), ("expires_in", "2025-01-02T03:04:05Z", 1735787045.0),
-    ("expires_in", "T", None), ("absent.path", 60, None), ("expires_in", True, 1001.0),
+    ("expires_in", "T", None), ("absent.path", 60, None), ("expires_in", True, 1001.0), ("expires_in", 10**400, None),
+    ("expires_in", "2025-01-02T11:04:05.25+08:00", 1735787045.0),
+    ("expires_in", "2025-01-01T22:04:05-0500", 1735787045.0),
+    ("expires_in", "2025-01-02T03:04:05", 1735787045.0), ("expires_in", "2025-01-02T03:04:05+8", None),
 ])  # fmt: skip
 def test_when_a_token_ends(wanted, given, expires):
     body = json.dumps({"access": {"token": "t"}, "expires_in": given}).encode()
@@ -667,7 +697,8 @@ def test_when_a_token_ends(wanted, given, expires):
 
 @pytest.mark.parametrize("token,expires", [
     (JWT, 1735787255000.0), ("a.b.c", None), ("", None), ("a.eyJleHAiOjV9.c", 5.0), ("a.eyJleHAiOiJ4In0.c", None),
-    ("a.W10.c", None), ("sk-1", None), ("a.eyJleHAiOnRydWV9.c", None),
+    ("a.W10.c", None), ("sk-1", None), ("a.eyJleHAiOnRydWV9.c", None), (jwt_of('{"exp": 1e999}'), None),
+    (jwt_of('{"exp": 1%s}' % ("0" * 400)), None), (jwt_of("[" * 200000), None),
 ])  # fmt: skip
 def test_when_a_jwt_ends(token, expires):
     assert llmbench.jwt_expiry(token) == expires

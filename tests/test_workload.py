@@ -383,6 +383,7 @@ BAD_TRACES = {
     "half a token": {**LINE, "input_length": 1.5},
     "NaN": {**LINE, "timestamp": float("nan")},
     "without end": {**LINE, "output_length": float("inf")},
+    "a length for no memory": {**LINE, "output_length": 99999999999999},
     "a digit too many": {**LINE, "input_length": 10**400},
     "blocks that are no list": {**LINE, "hash_ids": 5},
     "blocks that are lists": {**LINE, "hash_ids": [[1]]},
@@ -401,6 +402,11 @@ def test_a_bad_trace_line_is_named_by_its_number(name):
 )
 def test_a_bad_csv_row_is_named_by_its_number(row):
     assert "t.csv line 7" in refusal(BURST + row + "\n", "t.csv")
+
+
+def test_what_json_does_not_have_is_refused():
+    odd = '{"messages": [{"role": "user", "content": "a", "n": NaN}]}'
+    assert "p.jsonl line 2" in refusal('{"prompt": "hi"}\n%s\n' % odd, "p.jsonl")
 
 
 def test_a_csv_without_the_columns_is_no_list_of_prompts():
