@@ -28,7 +28,7 @@ and a section uses only what stands above it (`grep -n '^# [0-9]' llmbench.py` l
 20. Mock         the built-in server
 21. Probes       what a run needs to know before it starts, what this host can measure
 22. Check        what an endpoint and the way to it are like
-23. Commands     run, check, report, compare, mock, providers; main()
+23. Commands     run and the others; main()
 """
 
 from __future__ import annotations
@@ -796,6 +796,17 @@ def spellings(secret: str) -> List[str]:
     written = json.dumps(secret, ensure_ascii=False)[1:-1]
     ways = (secret, written, json.dumps(secret)[1:-1], written.replace("/", "\\/"), urllib.parse.quote(secret, safe=""))
     return list(dict.fromkeys(ways))
+
+
+# In a text from elsewhere: what moves a terminal's cursor, turns the text around it, shows nothing, or is no character.
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """A text from elsewhere on one line of a terminal, without what is not to be seen."""
+    return INVISIBLE.sub("\ufffd", text).translate({9: " ", 10: " ", 13: " "})
 
 
 def read_no_constant(name: str) -> NoReturn:
@@ -5913,8 +5924,10 @@ class Rows:
         return sum(self.status.count(status) for status in statuses)
 
     def _add_gaps(self, record: Mapping[str, Any]) -> None:
-        gaps = self._gaps
-        for bucket, count in (record.get("itl_hist") or {}).items():
+        gaps, counts = self._gaps, record.get("itl_hist") or {}
+        if counts and (type(sum(counts.values())) is not int or min(counts.values()) < 0):
+            raise ValueError("no count of gaps")
+        for bucket, count in counts.items():
             try:
                 gaps[bucket] += count
             except KeyError:
@@ -6088,7 +6101,20 @@ CONFIG_FORMS: Dict[str, Callable[[Any], bool]] = {
     "Optional[float]": is_number, "List[int]": each(is_number, list), "List[float]": each(is_number, list),
     "List[str]": each(is_text, list), "Dict[str, Any]": is_object, "Dict[str, str]": is_object,
 }  # fmt: skip
-HEADER_FORMS: Dict[str, Callable[[Any], bool]] = {"config": is_object, "merged": is_object, "selftest": is_object}
+END_FORMS: Dict[str, Callable[[Any], bool]] = {
+    "reason": is_text, "dialect": each(is_text, list), "lost_workers": is_whole,
+}  # fmt: skip
+
+
+def is_selftest(value: Any) -> bool:
+    """What a selftest found, as far as a run quotes it: `{"errors": [{"streams": N, "first_ms": {"p99": ms}}, …]}`."""
+    with contextlib.suppress(LookupError, TypeError):
+        levels = [(level["streams"], level["first_ms"]["p99"]) for level in value["errors"]]
+        return bool(levels) and all(1 <= streams < FAR and abs(p99) < FAR for streams, p99 in levels)
+    return False
+
+
+HEADER_FORMS: Dict[str, Callable[[Any], bool]] = {"config": is_object, "merged": is_object, "selftest": is_selftest}
 
 
 def check_forms(told: Mapping[str, Any], forms: Mapping[str, Callable[[Any], bool]]) -> None:
@@ -6126,6 +6152,7 @@ class Collector:
             check_forms({"stage": None, **line["audit"]}, AUDIT_FORMS)
             self.audits.append(dict(line["audit"]))
         elif "end" in line:
+            check_forms(line["end"], END_FORMS)
             self.end = dict(line["end"])
         elif "request_id" in line:
             self._add_record(line)
@@ -9670,7 +9697,7 @@ class Progress:
     tokens: int = 0
     chars: int = 0
     ttft: Dict[int, int] = field(default_factory=dict)  # log-scaled histogram
-    note: str = ""
+    notes: List[str] = field(default_factory=list)  # what is said once, in lines of their own
     rps: Optional[float] = None
     waiting: int = 0  # due, but held back by the cap
     all_done: int = 0  # from here on of all phases so far
@@ -9947,7 +9974,7 @@ class Runner:
         fresh = Progress(
             stage.index, self.progress.stages, stage.concurrency, name, share, stage.duration, began, rps=stage.rps
         )
-        for kept in ("note", "all_done", "all_failed", "all_tokens"):
+        for kept in ("notes", "all_done", "all_failed", "all_tokens"):
             setattr(fresh, kept, getattr(self.progress, kept))
         self.progress.__dict__.update(fresh.__dict__)
 
@@ -10314,7 +10341,7 @@ class Runner:
                 candidate = await self._find_dialect(stage, job, bytes(exchange.whole))
                 if candidate is not None:
                     dialect.adopt(candidate)
-                    self.progress.note = candidate.notes[-1]
+                    self.progress.notes.append(candidate.notes[-1])
             if dialect.version == job.version or self._closing():
                 return None
         return self._make_job(job.sent, job.request_id, self.provider.dialect)
@@ -11190,7 +11217,6 @@ def choose_processes(wanted: Union[int, str], config: Config) -> int:
 LANGUAGES = ("en", "zh")
 MARKED_PERCENTILES = ("p50", "p95", "p99")
 DASH = "–"
-UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 # Marks in a text: **bold** and `code` stand between control characters, which plain() takes out of every value.
 MARKS = (("**", "\x01", "bold"), ("`", "\x02", "code"))
 
@@ -11210,8 +11236,8 @@ Text = Union[str, Both]
 
 
 def plain(value: object) -> str:
-    """The value as text that HTML and UTF-8 can hold: no control characters, no lone surrogates."""
-    return UNPRINTABLE.sub("\ufffd", str(value))
+    """The value as text that HTML and UTF-8 can hold, without what is not to be seen."""
+    return INVISIBLE.sub("\ufffd", str(value))
 
 
 def escape_html(text: str) -> str:
@@ -11382,7 +11408,7 @@ def clock_text(milliseconds: float) -> str:
     >>> clock_text(387_000), clock_text(11_400_000)
     ('6:27', '3:10:00')
     """
-    minutes, seconds = divmod(round(milliseconds / 1000.0), 60)
+    minutes, seconds = divmod(int(milliseconds / 1000.0 + 0.5), 60)
     return "%d:%02d:%02d" % (minutes // 60, minutes % 60, seconds) if minutes >= 60 else "%d:%02d" % (minutes, seconds)
 
 
@@ -12743,6 +12769,7 @@ def time_buckets(stage: StageView) -> Optional[Buckets]:
     if span / width < 8 and width > widths[0]:
         smaller = widths[widths.index(width) - 1]
         width = smaller if span / smaller <= 60 else width
+    width = max(width, span / 60)
     return Buckets(zero, width, max(1, math.ceil(span / width)))
 
 
@@ -12859,8 +12886,8 @@ def flight_over_time(page: Page, stage: StageView, buckets: Buckets) -> Optional
     spans = ((start, end, end - start) for start, end in zip(columns["start_ms"], columns["end_ms"])
              if start == start and end == end and end > start)
     values = [rounded_to(total / buckets.width) for total in spread(buckets, spans)]
-    spec = time_spec(buckets, "area", [{"colour": "ink3", "values": values[:max(1, len(values) - 1)]}],
-                     page.said("axis.flight"))
+    values = values[:max(1, len(values) - 1)]  # the last bucket is not over
+    spec = time_spec(buckets, "area", [{"colour": "ink3", "values": values}], page.said("axis.flight"))
     return Chart(spec, time_finding(page, "panel.time_flight", values, page.said("axis.flight")))
 
 
@@ -14121,8 +14148,8 @@ def render_comparison(first: ComparedRun, against: Sequence[Against], language: 
 #
 # What leaves the report's house. summary.md is a table to paste: what an endpoint said stands in code spans, where no
 # pipe, HTML, link or @name means anything. junit.xml is what CI servers read: a test for each gate of each stage, one
-# for each stage, one for the verdict; it fails where the exit status would be 1, 3 or 4. Both are functions of the
-# summary, and neither computes a figure.
+# for each stage, one for the verdict; it fails where the exit status would be 1, 3 or 4, and where a stage has no
+# success. Both are functions of the summary, and neither computes a figure.
 #
 # An archive is a gzipped tar of five plain files, results.jsonl last. The same run gives the same bytes. Whoever opens
 # one trusts nothing in it: nothing is unpacked by a name that stands in it, links and devices are refused, no file
@@ -14135,7 +14162,7 @@ def render_comparison(first: ComparedRun, against: Sequence[Against], language: 
 
 # summary.md
 
-INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+PLACE_OF_CODE = "\ue000"  # stands in a sentence for the code span that takes its place
 
 
 def code(text: object, most: int = 160) -> str:
@@ -14158,7 +14185,8 @@ def prose(text: str) -> str:
     """A text of ours with its marks as Markdown's, everything else in it as it reads."""
     text = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", INVISIBLE.sub("\ufffd", text.replace("\x01", "\ue001").replace(
         "\x02", "\ue002"))).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"\s*\n\s*", " ", text.replace("\ue001", "**").replace("\ue002", "`"))
+    lines = text.replace("\ue001", "**").replace("\ue002", "`").split("\n")
+    return " ".join(line.strip() for line in lines) if len(lines) > 1 else lines[0]
 
 
 def pipe_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> List[str]:
@@ -14214,13 +14242,23 @@ class Ticket:
         verdict = self.summary["verdict"]
         state = verdict["state"].lower()
         made = ["**%s** %s" % (self._said("verdict." + state), self._said("verdict.%s.text" % state))]
-        reasons = ["- " + self._prose(reason_text(self.page, reason)) for reason in verdict["reasons"]]
+        reasons = ["- " + self._reason(reason) for reason in verdict["reasons"]]
         made += [""] + reasons if reasons else []
         early = self.end is not None and self.end.get("reason", "done") != "done"
         cut = self.page.said("cut_off", at=duration_text(self.page, last_end(self.stages)), n=count(
             sum(len(stage.rows) for stage in self.stages))) if self.end is None else both("")
         made += ["", self._prose(cut)] if self.end is None else []
-        return made + (["", self._said("terminal.ended_early", reason=str(self.end["reason"]))] if early else [])
+        ended = self._said("terminal.ended_early", reason=PLACE_OF_CODE)
+        return made + (["", ended.replace(PLACE_OF_CODE, code(self.end["reason"]))] if early else [])
+
+    def _reason(self, reason: object) -> str:
+        """A reason of the verdict, with what it quotes from the file in a code span."""
+        values = reason.get("values", {}) if isinstance(reason, dict) else {}
+        quoted = next((name for name in ("reason", "hosts") if name in values), "")
+        if not quoted:
+            return self._prose(reason_text(self.page, reason))
+        told = {**reason, "values": {**values, quoted: PLACE_OF_CODE}}  # type: ignore[dict-item]
+        return self._prose(reason_text(self.page, told)).replace(PLACE_OF_CODE, code(values[quoted]))
 
     def _figures(self) -> List[str]:
         """The six figures, each with the number of requests that it is made of."""
@@ -14319,7 +14357,7 @@ class Ticket:
     def _footer(self) -> str:
         header = self.header
         parts = [self._said("setup.run") + " " + code(header.get("run_id", DASH)),
-                 "llmbench " + prose(str(header.get("tool_version", DASH))), prose(str(header.get("python", DASH)))]
+                 code("llmbench %s" % header.get("tool_version", DASH)), code(header.get("python", DASH))]
         if header.get("results_sha256"):
             parts.append("SHA-256 " + code(header["results_sha256"]))
         return " · ".join(parts)
@@ -14552,7 +14590,7 @@ def archived_files(stream: Unpacked) -> Iterator[Tuple[str, int]]:
             raise ArchiveError("holds a link or a device")
         if member.name.startswith("/") or ".." in parts or member.size < 0:
             raise ArchiveError("holds a path that leads out of it")
-        ours = member.type in plain_types and len(parts) < 3 and parts[-1] in ARCHIVED
+        ours = member.type in plain_types and 0 < len(parts) < 3 and parts[-1] in ARCHIVED
         if ours and parts[-1] in seen:
             raise ArchiveError("holds %s twice" % parts[-1])
         if ours:
@@ -14711,6 +14749,9 @@ def letters(number: int) -> str:
     return text
 
 
+LONGEST_SCRUBBED = 2000  # characters of a harmless text; none that a run writes is longer
+
+
 class Redactor:
     """Takes hosts, prompts and texts out of a run's lines, consistently; every number stays.
 
@@ -14722,6 +14763,7 @@ class Redactor:
         self._key = key
         self._names: Dict[str, Dict[str, str]] = {}  # kind -> what stood there -> what stands for it
         self._errors: Dict[Tuple[str, str], str] = {}  # status and cause -> what is said instead
+        self._said: Set[Tuple[str, str]] = set()  # status and cause of what is said instead
         self._keys: Dict[str, str] = {}
         self.masked = 0
 
@@ -14801,10 +14843,11 @@ class Redactor:
 
     def _scrubbed(self, text: str) -> str:
         """A harmless text in which a host may be named all the same."""
+        text = text[:LONGEST_SCRUBBED]
         for kind in ("host", "address", "proxy"):
-            for name in sorted(self._names.get(kind, ()), key=len, reverse=True):
-                if name in text:
-                    text = re.sub(r"(?<![\w.-])%s(?![\w-])" % re.escape(name), self._names[kind][name], text)
+            named = [name for name in self._names.get(kind, ()) if name in text]
+            for name in sorted(named, key=len, reverse=True):
+                text = re.sub(r"(?<![\w.-])%s(?![\w-])" % re.escape(name), self._names[kind][name], text)
         return ADDRESS.sub(lambda match: self._name("address", match.group()), text)
 
     def _url(self, text: str) -> str:
@@ -14842,9 +14885,9 @@ class Redactor:
         cause = status, error_key(err)
         if cause not in self._errors:
             text = self._error_text(status, err)
-            taken = {error_key(said) for (other, _), said in self._errors.items() if other == status}
-            if error_key(text) in taken:
+            if (status, error_key(text)) in self._said:
                 text += " (%s)" % self._name("text", "\0".join(cause))
+            self._said.add((status, error_key(text)))
             self._errors[cause] = text
         return self._errors[cause]
 
@@ -15834,22 +15877,10 @@ def terminal_columns() -> int:
         return 80
 
 
-def printable(text: str) -> str:
-    """Text of an endpoint without control characters: they could move the cursor or turn the text."""
-    return re.sub("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", "\ufffd", text)
-
-
 def padded(text: str, width: int, right: bool) -> str:
     """The text filled with blanks to a width."""
     blank = " " * max(0, width - text_width(text))
     return blank + text if right else text + blank
-
-
-def short_duration(seconds: float) -> str:
-    """m:ss, or h:mm:ss from an hour on."""
-    whole = int(seconds + 0.5)
-    hours, rest = divmod(whole, 3600)
-    return "%d:%02d:%02d" % (hours, rest // 60, rest % 60) if hours else "%d:%02d" % (rest // 60, rest % 60)
 
 
 class Paint:
@@ -15895,7 +15926,7 @@ def progress_line(progress: Progress, texts: Mapping[str, str], now: float) -> s
         parts.append("%s %s" % (figure(progress.chars / spent), texts["terminal.chars_per_s"]))
     left = seconds_left(progress, now)
     if left is not None:
-        parts.append(texts["terminal.left"].format(time=short_duration(left)))
+        parts.append(texts["terminal.left"].format(time=clock_text(1000.0 * left)))
     if progress.waiting:
         parts.insert(2, "%d %s" % (progress.waiting, texts["terminal.waiting"]))
     load = {"concurrency": progress.concurrency} if progress.rps is None else {"rps": progress.rps}
@@ -15915,7 +15946,7 @@ class ProgressPrinter:
         self._mode = ("bar" if live else "lines") if mode == "auto" else mode
         self._stream, self._progress, self._texts = stream, progress, texts
         self._over = threading.Event()
-        self._note = ""
+        self._noted = 0
         self._last = 0.0
         self._thread = threading.Thread(target=self._draw, daemon=True)
 
@@ -15928,15 +15959,14 @@ class ProgressPrinter:
         self._over.set()
         if self._mode != "none":
             self._thread.join(1.0)  # a stuck terminal does not hold the results back
-            if self._mode == "bar" and not self._thread.is_alive():
-                self._write("\r\x1b[K")
+            if not self._thread.is_alive():
+                self._write_notes()
+                self._write("\r\x1b[K" if self._mode == "bar" else "")
 
     def _draw(self) -> None:
         while not self._over.wait(LIVE_LINE_SECONDS):
             progress, now = self._progress, clock()
-            if progress.note and progress.note != self._note:
-                self._note = progress.note
-                self._write(("\r\x1b[K" if self._mode == "bar" else "") + "llmbench: %s\n" % self._note)
+            self._write_notes()
             if not progress.began:
                 continue
             if self._mode == "bar":
@@ -15948,6 +15978,11 @@ class ProgressPrinter:
             elif now - max(self._last, progress.began) >= PLAIN_LINE_SECONDS:
                 self._last = now
                 self._write(progress_line(progress, self._texts, now) + "\n")
+
+    def _write_notes(self) -> None:
+        for note in self._progress.notes[self._noted :]:
+            self._noted += 1
+            self._write(("\r\x1b[K" if self._mode == "bar" else "") + "llmbench: %s\n" % printable(note))
 
     def _write(self, text: str) -> None:
         try:
@@ -16017,7 +16052,7 @@ def headline_rows(block: Mapping[str, Any], texts: Mapping[str, str]) -> List[Li
         )
     rows += length_rows(block.get("lengths", {}), texts)
     seconds = block["wall_time_ms"] / 1000.0
-    clock_time = "(%s)" % short_duration(seconds) if seconds >= 600 else ""
+    clock_time = "(%s)" % clock_text(1000.0 * seconds) if seconds >= 600 else ""
     rows.append([texts["terminal.wall_time"], figure(seconds), "s", clock_time])
     return rows
 
@@ -16075,7 +16110,7 @@ def verdict_lines(
     word, sentence = texts["verdict." + state.lower()], texts["verdict.%s.text" % state.lower()]
     lines = [paint(VERDICT_COLOURS[state], word) + "  " + sentence]
     for reason in verdict["reasons"]:
-        lines += wrapped("- " + reason_said(texts, reason), 98, "  ")
+        lines += wrapped("- " + printable(reason_said(texts, reason)), 98, "  ")
     return lines
 
 
@@ -16176,7 +16211,7 @@ def plan_lines(stages: Sequence[Stage], bounds: Bounds, facts: Sequence[Tuple[st
         (texts["plan.out_tokens"], bounds.out_tokens),
     )  # fmt: skip
     rows += [[label, unknown if value is None else "{:,}".format(value)] for label, value in numbers]
-    rows.append([texts["plan.seconds"], short_duration(bounds.seconds)])
+    rows.append([texts["plan.seconds"], clock_text(1000.0 * bounds.seconds)])
     width = max(text_width(row[0]) for row in rows)
     return [texts["plan.nothing_sent"], ""] + ["%s  %s" % (padded(row[0], width, False), row[1]) for row in rows]
 
@@ -16189,7 +16224,7 @@ def stage_said(stage: Stage, texts: Mapping[str, str]) -> str:
         parts = [texts["plan.rate"].format(n="%g" % stage.rps)]
         parts += [texts["plan.cap"].format(n=stage.concurrency)] if stage.concurrency else []
     parts += [texts["plan.total"].format(n="{:,}".format(stage.total))] if stage.total is not None else []
-    parts += [short_duration(stage.duration)] if stage.duration is not None else []
+    parts += [clock_text(1000.0 * stage.duration)] if stage.duration is not None else []
     parts += [texts["plan.warmup"].format(n=stage.warmup)] if stage.warmup else []
     return texts["list.comma"].join(parts)
 
@@ -16604,7 +16639,7 @@ def plan_answer(options: MockOptions, request: MockRequest, fault: str) -> MockP
         usage_asked = (request.fields.get("stream_options") or {}).get("include_usage")
         max_tokens = request.fields.get("max_completion_tokens") or request.fields.get("max_tokens")
         max_tokens = max(1, int(max_tokens or MOCK_DEFAULT_MAX_TOKENS))
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         raise MockRefusal(400, "the body is not a chat request") from None
     if not content or (request.fields.get("ignore_eos") and not options.tool):
         content, content_tokens = -(-max_tokens // options.per_frame), max_tokens
@@ -16933,7 +16968,7 @@ def read_body(body: bytes) -> Dict[str, Any]:
     """The JSON object of a body; {} for none."""
     try:
         fields = json.loads(body) if body else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         raise MockRefusal(400, "the body is not JSON") from None
     if not isinstance(fields, dict):
         raise MockRefusal(400, "the body is not a JSON object")
@@ -16949,7 +16984,7 @@ def read_request(buffer: bytearray, now: float) -> Optional[MockRequest]:
         return None
     (method, target, version), headers = read_head(bytes(buffer[:size]))
     length = headers.get("content-length", "0")
-    if "transfer-encoding" in headers or not length.isdigit():
+    if "transfer-encoding" in headers or not re.match(r"[0-9]{1,18}\Z", length):
         raise MockRefusal(411, "send a Content-Length")
     end = size + 4 + int(length)
     if len(buffer) < end:
@@ -17258,7 +17293,7 @@ async def serve_mock(options: MockOptions, host: str, port: int, ready: Callable
     server = MockServer(options, loop)
     try:
         listener = await loop.create_server(lambda: MockConnection(server), host, port, backlog=4096)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: of a name with an empty or a long label
         raise UserError(f"can't listen on {host}:{port}: {error}; give another --host or --port") from None
     try:
         address = f"[{host}]" if ":" in host else host
@@ -17528,9 +17563,7 @@ def find_selftest(host: str) -> Optional[Dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             with open(os.path.join(directory, SELFTEST_FILE), encoding="utf-8") as file:
                 found = json.load(file)
-            levels = [(level["streams"], level["first_ms"]["p99"]) for level in found["errors"]]
-            whole = all(streams >= 1 and abs(p99) < math.inf for streams, p99 in levels)
-            if found["host"] == host and levels and whole:
+            if found["host"] == host and is_selftest(found):
                 return found
     return None
 
@@ -17841,20 +17874,26 @@ def unreached(step: str, error: RequestError) -> Finding:
 
 
 class Witness(Exchange):
-    """An exchange that keeps its events, each with the time of its arrival."""
+    """An exchange that keeps its first events, each with the time of its arrival."""
+
+    MOST = 10_000  # events; a check asks for an answer of some dozens of tokens
 
     def __init__(self, provider: Provider, on_done: Callable[[], None]) -> None:
         super().__init__(provider, {}, on_done)
         self.events: List[Tuple[float, Event]] = []
 
     def _take_run(self, texts: Sequence[bytes], stamp: float) -> None:
-        self.events += [(stamp, self.decoder.event(text)) for text in texts]
+        self._keep(map(self.decoder.event, texts), stamp)
         super()._take_run(texts, stamp)
 
     def _take(self, events: Sequence[Event], stamp: float, run: Sequence[bytes] = ()) -> None:
-        self.events += [(stamp, self.decoder.event(text)) for text in run]
-        self.events += [(stamp, event) for event in events]
+        self._keep(map(self.decoder.event, run), stamp)
+        self._keep(events, stamp)
         super()._take(events, stamp, run)
+
+    def _keep(self, events: Iterable[Event], stamp: float) -> None:
+        room = self.MOST - len(self.events)
+        self.events += [(stamp, event) for event in itertools.islice(events, max(0, room))]
 
 
 class Listing(Exchange):
@@ -18347,6 +18386,7 @@ class Preflight:
         self.requests = 0
         self.ended = ""
         self.explained: Optional[Explained] = None
+        self.began_with = provider.dialect.max_tokens_field
         self._wanted = config.model
         self._connection: Optional[Connection] = None
         self._address = ""
@@ -18718,7 +18758,7 @@ def found_flags(preflight: Preflight, findings: Sequence[Finding]) -> List[str]:
     given, words = preflight.config.given, []  # type: Tuple[str, ...], List[str]
     if "model" not in given and preflight.config.model:
         words += ["--model", preflight.config.model]
-    if preflight.provider.dialect.max_tokens_field != (preflight.config.max_tokens_field or "max_tokens"):
+    if preflight.provider.dialect.max_tokens_field != preflight.began_with:
         words += ["--max-tokens-field", preflight.provider.dialect.max_tokens_field]
     if ("end", "missing") in keys:
         words.append("--end-optional")
@@ -18737,7 +18777,7 @@ def closing_lines(preflight: Preflight, findings: Sequence[Finding], command: st
     if preflight.ended:
         step = check_text(texts, "step", preflight.ended)
         lines += wrapped(check_text(texts, "ended", step=step), width, "")
-    lines += ["", check_text(texts, "command" if usable else "command.later"), "", "  " + command]
+    lines += ["", check_text(texts, "command" if usable else "command.later"), "", "  " + printable(command)]
     return lines + ([""] + [line for note in notes for line in wrapped(note, width, "")] if notes else [])
 
 
@@ -18757,7 +18797,7 @@ def check_document(
 
 
 # ==================================================================================================
-# 23. Commands: run, check, report, compare, providers, mock; main()
+# 23. Commands: run and the others; main()
 # ==================================================================================================
 #
 # Flags are one table, RUN_FLAGS, from which the parser and `--help` are made and against which the
@@ -19058,7 +19098,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line that says what is wrong: argparse's, with the flag named as it is documented."""
         message = re.sub(r"ignored explicit argument .*", "takes no value", message, flags=re.S)
-        raise UserError(re.sub(r"^argument (--[a-z-]+)/-[a-z-]+: (expected one argument)?", self._flag_error, message))
+        named = r"^argument (--[a-z-]+)(?:/-[a-z-]+)?: (expected one argument)?"
+        raise UserError(re.sub(named, self._flag_error, message))
 
     @staticmethod
     def _flag_error(match: Any) -> str:
@@ -19509,7 +19550,7 @@ class Session:
             failed += ["the client was the limit"] * ("limited_by" in block["client"])
             failed += ["the load was not reached"] * fell_short(block)
             said = "%d streams" % stage.concurrency if stage.rps is None else "%g req/s" % stage.rps
-            progress.note = "probe %d, %s: %s" % (index + 1, said, ", ".join(failed) or "all gates passed")
+            progress.notes.append("probe %d, %s: %s" % (index + 1, said, ", ".join(failed) or "all gates passed"))
             try:
                 load = search.send(not failed)
             except StopIteration:
@@ -19560,8 +19601,7 @@ class Session:
             failure = failure or str(error)
             summary = None
         if summary is not None:
-            with contextlib.suppress(BrokenPipeError):  # `llmbench … | head` keeps its exit status
-                print_summary(summary, self.texts, directory)
+            print_summary(summary, self.texts, directory)
         if failure:
             sys.stderr.write("llmbench: error: %s\n" % failure)
             return EXIT_WRITE
@@ -19579,24 +19619,37 @@ def status_of(summary: Mapping[str, Any]) -> int:
     return EXIT_OK if all_passed(summary) else EXIT_GATE
 
 
+def say(text: str) -> None:
+    """A text on stdout; a reader that has gone, as of `llmbench … | head`, changes neither work nor exit status."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)
+
+
 def print_summary(summary: Mapping[str, Any], texts: Mapping[str, str], directory: str) -> None:
     """The summary's tables on stdout, and where the files are."""
     paint = Paint(sys.stdout)
-    for line in summary_lines(summary, texts, paint):
-        print(line)
+    lines = summary_lines(summary, texts, paint)
     end = summary.get("end") or {}
     if end.get("reason", "done") != "done":
-        print("\n" + paint("yellow", texts["terminal.ended_early"].format(reason=end["reason"])))
+        reason = printable(str(end["reason"]))
+        lines += ["", paint("yellow", texts["terminal.ended_early"].format(reason=reason))]
     for note in end.get("dialect", []):
-        print("\n" + note)
-    print("\n%s  %s" % (texts["terminal.report"], os.path.join(directory, REPORT)))
+        lines += ["", printable(note)]
+    say("\n".join([*lines, "", "%s  %s" % (texts["terminal.report"], os.path.join(directory, REPORT))]))
 
 
 def command_run(words: Sequence[str]) -> int:
     """`run`: the benchmark."""
     config = read_config(words)
-    try:
+    with failures_of_provider(config):
         return run_benchmark(config, words)
+
+
+@contextlib.contextmanager
+def failures_of_provider(config: Config) -> Iterator[None]:
+    """What fails in here because of a provider in a .py file becomes a UserError that says where in the file."""
+    try:
+        yield
     except (UserError, WriteError, BrokenPipeError):
         raise
     except Exception as error:
@@ -19735,10 +19788,11 @@ def command_check(words: Sequence[str]) -> int:
     config = make_config(parsed)
     replace_headers([], config.header)
     texts = load_texts(load_assets(), config.lang)
-    if not config.url.startswith("mock:"):
-        return run_check(config, config.url, words, as_json, explain, texts)
-    with MockProcess(mock_flags(config.url)) as mock:
-        return run_check(config, mock.url, words, as_json, explain, texts)
+    with failures_of_provider(config):
+        if not config.url.startswith("mock:"):
+            return run_check(config, config.url, words, as_json, explain, texts)
+        with MockProcess(mock_flags(config.url)) as mock:
+            return run_check(config, mock.url, words, as_json, explain, texts)
 
 
 def run_check(
@@ -19758,10 +19812,10 @@ def run_check(
     def tell(finding: Finding) -> None:
         findings.append(finding)
         if not as_json:
-            print("\n".join(finding_lines(finding, texts, paint, hide)), flush=True)
+            say("\n".join(finding_lines(finding, texts, paint, hide)))
 
     if not as_json:
-        print(check_text(texts, "title", url=printable(hide(endpoint.url))) + "\n", flush=True)
+        say(check_text(texts, "title", url=printable(hide(endpoint.url))) + "\n")
     loop, poll = new_loop()
     keeper = wake_kernel_stamps()
     try:
@@ -19779,10 +19833,11 @@ def run_check(
         document = check_document(preflight, findings, command, notes, texts, hide)
         if explained is not None:
             document["explained"] = explain_json(explained, hide)
-        print(json.dumps(document, ensure_ascii=False, indent=1))
+        text = json.dumps(document, ensure_ascii=False, indent=1)
+        say(INVISIBLE.sub(lambda match: "\\u%04x" % ord(match.group()), text))
     else:
         lines = explain_lines(explained, texts, hide) if explained is not None else []
-        print("\n".join(lines + closing_lines(preflight, findings, command, notes, texts)))
+        say("\n".join(lines + closing_lines(preflight, findings, command, notes, texts)))
     return EXIT_NO_SUCCESS if count_states(findings)["failed"] else EXIT_OK
 
 

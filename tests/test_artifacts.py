@@ -133,6 +133,16 @@ FOREIGN = {
     "another figure that is a text": record(in_tokens="12"),
     "a bucket that is no number": record(itl_hist={"x": 1}, itl_sum_ms=1.0, itl_min_ms=1.0, itl_max_ms=1.0),
     "a bucket that holds a text": record(itl_hist={"5": "1"}, itl_sum_ms=1.0, itl_min_ms=1.0, itl_max_ms=1.0),
+    "a bucket of nan": record(itl_hist={"5": float("nan")}, itl_sum_ms=1.0, itl_min_ms=1.0, itl_max_ms=1.0),
+    "a bucket below zero": record(itl_hist={"5": 3, "6": -1}, itl_sum_ms=1.0, itl_min_ms=1.0, itl_max_ms=1.0),
+    "an end whose notes are a number": {"end": {"reason": "done", "dialect": 7}},
+    "an end whose note is a number": {"end": {"reason": "done", "dialect": [0]}},
+    "an end without a text": {"end": {"reason": ["done"]}},
+    "a selftest without levels": {"run": {**made_run(n=1)[0]["run"], "selftest": {"errors": {}}}},
+    "a selftest of numbers": {"run": {**made_run(n=1)[0]["run"], "selftest": {"errors": [1e300]}}},
+    "a selftest without a figure": {
+        "run": {**made_run(n=1)[0]["run"], "selftest": {"errors": [{"streams": 1, "first_ms": 0}]}}
+    },
     "a header that is a text": {"llmbench": "1", "run": "x"},
     "an audit that is a number": {"audit": 7},
 }

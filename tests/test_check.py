@@ -486,6 +486,15 @@ def test_the_model_list(models, words, expected, status):
     assert ("ended_at" in result.document) == bool(status)
 
 
+def test_a_models_name_moves_no_cursor():
+    odd = "m\x1b]0;P\x07\x9b31m\u202e"
+    with Server(endpoint(models=says(answer(200, {"data": [{"id": odd}]})))) as server:
+        result, told = check(server.url), Checked("--url", server.url)
+    for shown in (result.out, told.out):
+        assert "--model" in shown and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
+    assert odd in result.document["command"]
+
+
 def test_an_endpoint_without_a_model_list():
     result = checked("--model", "tiny", models=says(answer(404, {"detail": "Not Found"})))
     assert result.status == 0 and result.at("models") == ("warning", "refused")
@@ -625,6 +634,20 @@ def test_another_name_for_the_longest_answer():
     result = checked(stream=modern)
     assert result.status == 0 and result.at("max_tokens") == ("ok", "negotiated")
     assert "--max-tokens-field max_completion_tokens" in result.document["command"]
+
+
+@pytest.mark.parametrize("name", ["tgi", "ollama", "responses"])
+def test_the_command_names_no_field_that_is_the_dialects_own(name):
+    result = checked("--provider", name, "--model", "tiny", stream=good)
+    assert "--max-tokens-field" not in result.document["command"]
+
+
+def test_a_flood_of_events_does_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(llmbench.Witness, "MOST", 5)
+    witness = llmbench.Witness(llmbench.make_provider(llmbench.Config(model="m")), lambda: None)
+    for _ in range(4):
+        witness._keep([("message", b"x")] * 3, 1.0)
+    assert len(witness.events) == 5
 
 
 def test_a_limit_that_is_not_kept():
@@ -836,6 +859,12 @@ def test_it_ends_a_pipe_that_is_closed_well(tmp_path):
         done = subprocess.run(["bash", "-c", words], capture_output=True, check=False)
     assert done.returncode in (0, 3) and b"Traceback" not in done.stderr
     assert done.stdout.startswith(b"Check of ")
+
+
+def test_its_status_is_the_same_when_nobody_reads_on():
+    words = "%s check --url http://127.0.0.1:1/v1 | true; exit ${PIPESTATUS[0]}" % " ".join(CHECKOUT)
+    done = subprocess.run(["bash", "-c", words], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (3, b"")
 
 
 # Texts.

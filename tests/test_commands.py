@@ -634,6 +634,16 @@ def test_a_provider_with_code_that_fails_is_one_line(tmp_path, capsys, name):
     assert error.startswith("llmbench: error: --provider ") and "hunter2" not in error + out
 
 
+@pytest.mark.parametrize("code", ["def decoder(self):\n        return 1 / 0", FAILING_CODE["request"]])
+def test_a_check_of_it_is_one_line_too(tmp_path, capsys, code):
+    file = tmp_path / "acme.py"
+    file.write_text(CODE + code + "\n", "utf-8")
+    words = ["--url", "mock:?ttft=1&itl=1", "--model", "m", "--token", "hunter2hunter2", "--provider", str(file)]
+    status, out, error = run_main(capsys, "check", *words)
+    assert status in (2, 3) and "Traceback" not in error and "hunter2" not in error + out
+    assert error.count("\n") == (status == 2)
+
+
 def test_a_secret_that_a_file_takes_from_the_environment_is_not_shown(tmp_path, monkeypatch, capsys):
     file = tmp_path / "acme.json"
     headers = {"X-Pass": "${env:ACME_SECRET}", "X-T": "${env:TEAM}"}

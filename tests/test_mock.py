@@ -489,7 +489,9 @@ def test_a_refused_field_is_named() -> None:
 
 @pytest.mark.parametrize("raw, status", [
     (b"hello\r\n\r\n", 400), (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 411),
-    (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 3\r\n\r\n{x}", 400), (b"x" * 65537, 431)])
+    (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 3\r\n\r\n{x}", 400), (b"x" * 65537, 431),
+    (b"POST / HTTP/1.1\r\nContent-Length: \xb2\r\n\r\n", 411),
+    (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99999\r\n\r\n" + b"[" * 99999, 400)])
 def test_what_cant_be_read_is_refused(raw: bytes, status: int) -> None:
     with serving() as url:
         client = Client(url)
@@ -499,7 +501,7 @@ def test_what_cant_be_read_is_refused(raw: bytes, status: int) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"messages": "hello"}, {"messages": [1]}, {"max_tokens": "many"},
-                                    {"stream_options": 5}])
+                                    {"stream_options": 5}, {"max_tokens": float("inf")}])
 def test_a_body_without_sense_is_refused_and_the_connection_kept(fields: dict[str, object]) -> None:
     with serving() as url:
         client = Client(url)
@@ -611,3 +613,9 @@ def test_a_mock_that_cant_start_says_so(capfd: pytest.CaptureFixture[str]) -> No
         with pytest.raises(llmbench.UserError), mock:
             pass
     assert mock.process.returncode not in (None, 0) and "already in use" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70])
+def test_a_mock_on_a_host_that_is_none_says_so(host: str) -> None:
+    with pytest.raises(llmbench.UserError, match="can't listen on"):
+        asyncio.run(llmbench.serve_mock(llmbench.MockOptions(), host, 0, print))

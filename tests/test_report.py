@@ -224,6 +224,19 @@ class TestCharts:
             sizes[stage] = sizes.get(stage, 0) + len(json.dumps(chart, separators=(",", ":")))
         assert max(sizes.values(), default=0) <= 60_000
 
+    def test_the_words_of_the_chart_of_requests_in_flight_are_of_its_points(self):
+        run = reported(loaded_run(loaded_stage(n=300, load={"concurrency": 8})))
+        page = llmbench.render_report(*run, assets=assets())
+        values = charts_of(page)["0-time_flight"]["series"][0]["values"]
+        said = re.search(r"In flight over the run, (\d+) points, from ([\d.]+)", Page(page).text)
+        assert (int(said.group(1)), float(said.group(2))) == (len(values), pytest.approx(min(values), abs=0.01))
+
+    def test_one_request_that_is_far_away_in_time_makes_no_more_points(self):
+        lines = loaded_run(loaded_stage(n=60, load={"concurrency": 8}))
+        next(line for line in lines if "request_id" in line).update(start_ms=-9e13)
+        charts = charts_of(llmbench.render_report(*reported(lines), assets=assets()))
+        assert all(chart["number"] <= 60 for name, chart in charts.items() if "time" in name)
+
     def test_few_requests_have_no_chart_over_time(self):
         assert not any("time" in name for name in charts_of(made("ten")[1]))
         assert charts_of(made("all_failed")[1]) == {}

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from made_records import collect, loaded_run, loaded_stage, made_run, record
+from made_records import collect, loaded_run, loaded_stage, made_run, record, write_lines
 
 import llmbench
 from conftest import ROOT
@@ -67,7 +67,7 @@ def test_a_larger_number_never_looks_smaller():
     (360000, "100:00:00"),
 ])  # fmt: skip
 def test_short_durations(seconds, shown):
-    assert llmbench.short_duration(seconds) == shown
+    assert llmbench.clock_text(1000.0 * seconds) == shown
 
 
 # --- width ------------------------------------------------------------------------------------------------------------
@@ -283,6 +283,16 @@ def test_lengths_stand_beside_what_was_asked_for():
     assert re.search(r"Answer length +150  tok  asked for 150 \(-0\.0 %\)  3 came shorter\n", text)
 
 
+def test_what_a_file_says_of_its_end_moves_no_cursor(capsys, tmp_path):
+    odd = "\x1b]0;P\x07\x9b31m\u202e\nx"
+    lines = loaded_run(loaded_stage(n=20), reason=odd)
+    lines[-1]["end"]["dialect"] = [odd]
+    write_lines(tmp_path, lines)
+    assert llmbench.main(["report", str(tmp_path), "--lang", "en"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("]0;P") == 3 and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", told)
+
+
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
@@ -365,15 +375,26 @@ def test_a_note_is_said_once(fast):
         "lines",
         screen,
         lambda: len(screen.getvalue()) > 300,
-        progress(began=llmbench.clock(), note="no stream_options"),
+        progress(began=llmbench.clock(), notes=["no stream_options"]),
     )
     assert screen.getvalue().count("llmbench: no stream_options\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["bar", "lines"])
+def test_every_note_is_said_and_the_last_at_the_end(mode):
+    """However fast they come one after the other: the line is drawn a few times a second."""
+    screen, state = Screen(True), progress(began=llmbench.clock())
+    with llmbench.ProgressPrinter(mode, screen, state, TEXTS["en"]):
+        state.notes += ["probe 1", "probe 2"]
+        state.notes.append("probe \x1b]0;3")
+    said = re.findall("llmbench: (.*)\n", screen.getvalue())
+    assert said == ["probe 1", "probe 2", "probe \ufffd]0;3"]
 
 
 def test_none_writes_nothing(fast):
     screen = Screen(True)
     began = time.monotonic()
-    draw("none", screen, lambda: time.monotonic() - began > 0.05, progress(began=llmbench.clock(), note="x"))
+    draw("none", screen, lambda: time.monotonic() - began > 0.05, progress(began=llmbench.clock(), notes=["x"]))
     assert screen.getvalue() == ""
 
 
