@@ -11452,7 +11452,12 @@ class StageView:
     @property
     def failed_gates(self) -> List[Mapping]:
         """The gates that failed; none where they are not judged."""
-        return [gate for gate in self.gates if not gate.get("passed")] if self.judged else []
+        return [gate for gate in self.gates if not gate.get("passed")] if self.judged and not self.limited else []
+
+    @property
+    def limited(self) -> bool:
+        """Whether this client was the limit of a probe, which then says nothing of the endpoint."""
+        return self.judged and bool(self.figures.get("client", {}).get("limited_by"))
 
     def statistic(self, metric: str) -> Mapping:
         """The summary's figures of a metric; empty when it has none."""
@@ -11462,7 +11467,7 @@ class StageView:
     @property
     def holds(self) -> bool:
         """Whether it passed every gate and this client was not its limit."""
-        return not self.failed_gates and not (self.judged and self.figures.get("client", {}).get("limited_by"))
+        return not self.failed_gates and not self.limited
 
     def failed(self, metric: str, stat: str) -> bool:
         """Whether a gate on this figure failed."""
@@ -11622,7 +11627,7 @@ def bullet(page: Page, stage: StageView, gate: Mapping) -> Markup:
     if gate_metric(gate) in SHARES:
         limit, value = 1 - limit / gate_scale(gate), 1 - value / gate_scale(gate)
     full = max(1.5 * limit, 1.05 * value) or 1.0
-    kind = "failed" if stage.judged and not gate.get("passed") else ""
+    kind = "failed" if gate in stage.failed_gates else ""
     return page.fill("bullet", kind=kind, value="%.1f" % (100 * value / full), limit="%.1f" % (100 * limit / full))
 
 
@@ -12268,7 +12273,7 @@ def tiles(page: Page, stage: StageView) -> Markup:
 def gate_row(page: Page, stage: StageView, gate: Mapping) -> Tuple[str, List[Cell]]:
     """Name, required, measured, margin, bar, result."""
     limit, value = gate_numbers(page, stage, gate)
-    state = "" if not stage.judged else "passed" if gate.get("passed") else "failed"
+    state = "" if not stage.judged or stage.limited else "passed" if gate.get("passed") else "failed"
     mark = {"passed": "✓ ", "failed": "✕ ", "": ""}[state]
     result = page.said("gate." + state) if state else DASH
     return state, [Cell(joined_texts("", (mark, gate_title(page, gate))), "mark"),
@@ -12350,10 +12355,10 @@ def stage_row(page: Page, stage: StageView, keys: Sequence[str], columns: Sequen
     """The figures of one stage."""
     cells = [Cell(level(stage.name, keys))]
     if stage.gates:
-        state = "" if not stage.judged else "failed" if stage.failed_gates else "passed" if stage.holds else "client"
-        mark = {"passed": "✓ ", "failed": "✕ ", "client": "✕ ", "": ""}[state]
-        kind = "failed" if state == "client" else state
-        cells.append(Cell(joined_texts("", (mark, page.said("gate." + state) if state else DASH)), kind + " mark"))
+        state = "" if not stage.judged or stage.limited else "failed" if stage.failed_gates else "passed"
+        mark = {"passed": "✓ ", "failed": "✕ ", "": "– " if stage.limited else ""}[state]
+        said = page.said("gate.client" if stage.limited else "gate." + state) if state or stage.limited else DASH
+        cells.append(Cell(joined_texts("", (mark, said)), state + " mark"))
     bad = any(gate_metric(gate) == "success_rate" for gate in stage.failed_gates)
     cells.append(Cell(percent(stage.requests.get("success_rate")), "number failed" if bad else "number"))
     for column in columns:
@@ -12950,7 +12955,7 @@ def trade_off(page: Page, stages: Sequence[StageView]) -> Optional[Chart]:
     spec.update(x=page.said("axis.tokens_each"),
                 points=[[rounded_to(each), rounded_to(total)] for each, total in pairs],
                 labels=[load_text(page, stages[0])] + [level(stage.name, keys) for stage in stages[1:]],
-                failed=[bool(stage.gates) and not stage.holds for stage in stages])
+                failed=[bool(stage.failed_gates) for stage in stages])
     words = joined_texts("; ", (page.said("failed_gate", name=load_text(page, stage), value="%s, %s" % (
         figure(each), figure(total))) for stage, (each, total) in zip(stages, pairs)))
     return Chart(spec, page.said("finding.load", name=page.said("panel.tradeoff"), figures=words),
@@ -13535,7 +13540,7 @@ def stage_picker(page: Page, stages: Sequence[StageView], shown: StageView) -> M
     buttons = joined(page.fill(
         "pick", number=stage.number, pressed="true" if stage is shown else "false",
         text=level(stage.name, keys),
-        mark="" if stage.holds or not stage.gates else page.fill("cross")) for stage in stages)
+        mark=page.fill("cross") if stage.failed_gates else "") for stage in stages)
     return page.fill("picker", before=page.said("picker.before"), buttons=buttons,
                      after=level_words(page, "picker", keys))
 
@@ -14290,7 +14295,7 @@ class Ticket:
         return "†" if statistic and not quotable(statistic, stat) else ""
 
     def _result(self, stage: StageView, gate: Mapping) -> str:
-        if not stage.judged or stage.figures.get("client", {}).get("limited_by"):
+        if not stage.judged or stage.limited:
             return DASH
         state = "passed" if gate.get("passed") else "failed"
         return ("✓ " if gate.get("passed") else "✕ **") + self._said("gate." + state) + "**" * (not gate.get("passed"))
@@ -14337,9 +14342,8 @@ class Ticket:
             cells.append(prose(text) + mark)
         if gated:
             failed = [self._prose(gate_title(self.page, gate)) for gate in stage.failed_gates]
-            state = DASH if not stage.judged else "✕ **%s**" % ", ".join(failed) if failed else "✓ " + self._said(
-                "gate.passed") if stage.holds else "✕ " + self._said("gate.client")
-            cells.append(state)
+            held = "– " + self._said("gate.client") if stage.limited else "✓ " + self._said("gate.passed")
+            cells.append(DASH if not stage.judged else "✕ **%s**" % ", ".join(failed) if failed else held)
         return [cell.replace("|", "\\|") if "|" in cell and "`" not in cell else cell for cell in cells]
 
     def _errors(self) -> List[str]:

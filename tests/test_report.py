@@ -604,8 +604,18 @@ class TestSearch:
         summary, *rest = reported(lines)
         english, chinese = both_languages(llmbench.render_report(summary, *rest, assets=assets()))
         assert summary["verdict"]["state"] == "CAUTION" and summary["find_max"]["load"] == 2
-        assert "At 4 streams this client, not the endpoint, was the limit" in english and "✕ client" in english
-        assert "瓶颈在本客户端而非服务端" in chinese and "✕ 客户端" in chinese
+        assert "At 4 streams this client, not the endpoint, was the limit" in english
+        assert "– not judged: client" in english and "✕ failed" not in english
+        assert "瓶颈在本客户端而非服务端" in chinese and "– 未判定：客户端" in chinese
+
+    def test_gates_that_failed_where_the_client_was_the_limit_are_judged_nowhere(self):
+        lines = loaded_run(*(loaded_stage(number, {"concurrency": 2 ** number}, 40, slow=1 + 9 * (number == 2))
+                             for number in range(3)), slo=["ttft.p50<=300ms"], find_max="concurrency")
+        next(line for line in lines if line.get("audit", {}).get("stage") == 2)["audit"]["cpu_percent"] = 99.0
+        page = llmbench.render_report(*reported(lines), assets=assets())
+        english, _ = both_languages(page)
+        assert "– not judged: client" in english and "✕ failed" not in english
+        assert charts_of(page)["run-tradeoff"]["failed"] == [False] * 3
 
     def test_nothing_passed(self):
         english, _ = both_languages(searching((2, 9), (1, 9))[1])
