@@ -173,7 +173,7 @@ def test_bytes_that_end_a_wait_arrived_when_the_loop_looked(wire):
 
 def waited(before, look):
     """A poll that was asked at one moment and returned at another."""
-    poll = types.SimpleNamespace(offset=0.0, look=look, before=before, resting=[])
+    poll = types.SimpleNamespace(offset=0.0, look=look, before=before, resting=[], give_way=lambda: None)
     poll.wake_was_late = lambda: llmbench.Poll.wake_was_late(poll)
     return poll
 
@@ -352,6 +352,27 @@ def test_poll_that_another_thread_kept_waiting_looks_before_its_wait(pair, monke
         pair[1].recv(10)
         timer.join()
         late = False
+
+
+def test_the_cpu_is_given_away_between_the_requests_of_a_turn(monkeypatch):
+    """Not before the first, and not again soon to somebody who kept it: 50 times as long as that took."""
+    poll, moment, given = llmbench.Poll(), [100.0], []
+    monkeypatch.setattr(llmbench, "clock", lambda: moment[0])
+
+    def take(seconds):
+        given.append(moment[0])
+        moment[0] += seconds
+
+    for turn, (took, gives) in enumerate([(0.0001, 3), (0.004, 1), (0.0001, 0), (0.0001, 0)]):
+        monkeypatch.setattr(llmbench, "sched_yield", lambda took=took: take(took))
+        poll.polls = turn
+        for _ in range(4):
+            poll.give_way()
+        assert len(given) == gives, turn
+        given.clear()
+    moment[0] += 0.2
+    poll.give_way()
+    assert given == [moment[0] - 0.0001]
 
 
 def test_the_time_of_others_is_that_of_other_threads():
