@@ -128,9 +128,11 @@ if __name__ == "__main__":
     import os
 
     sys.path[0] = os.path.abspath(sys.path[0])
-    import_compiled(sys.path[0])
-    import llmbench
-
+    try:
+        import_compiled(sys.path[0])
+        import llmbench
+    except KeyboardInterrupt:
+        sys.exit(130)
     status = llmbench.main()
     gc.freeze()
     sys.exit(status)

@@ -114,9 +114,12 @@ __version__ = "1.0.0"
 # one line of results.jsonl; a *stage* is one steady load level, a *part* what one process or host
 # does of a run. The *summary* is computed from the records and from nothing else.
 #
-# Every figure's definition stands once, in METRICS: the report, the README and `--help` print it
-# from there. Times are on one monotonic clock, written in milliseconds as floats. A value that is
-# not known is absent, never 0 and never null.
+# Every figure's definition stands once, in METRICS: the report prints it from there, and the README's
+# table is made of it. Times are on one monotonic clock, written in milliseconds as floats. A value that
+# is not known is absent, never 0 and never null. The way of a new figure through the file: Record and
+# METRICS here; Exchange, which notes the moments, and Runner, which fills the record; COLUMNS and
+# DISTRIBUTIONS in Statistics; TABLED in Report and TABLED_METRICS in Terminal, which show it; GATE_TIMES,
+# by which gates and comparisons name it.
 
 
 class UserError(Exception):
@@ -2960,7 +2963,8 @@ def refresh_seconds(config: Config) -> Optional[float]:
 # A provider owns four things and nothing else: the request (path, headers, body), what the first
 # visible content is, what the end is, and how usage is read. `Provider` states them for OpenAI's
 # chat dialect, which vLLM, SGLang, llama.cpp, DeepSeek, GLM, Ark, LiteLLM and One-API speak with
-# quirks of their own; another dialect is a subclass and one line in PROVIDERS.
+# quirks of their own; another dialect is a file in assets/providers and its name in DECLARED, or, where
+# data can't say it, a subclass and one line in PROVIDERS.
 #
 # For each request `decoder()` gives a fresh decoder: `frames(event)` is the full, certain reading;
 # `plain(data)` is the hot path. A stream repeats one frame with another text in it, so after a full
@@ -4921,17 +4925,17 @@ PROVIDERS: Dict[str, Callable[[Config], Provider]] = {
 def make_provider(config: Config) -> Provider:
     """The provider that the configuration names, by name or by file; raises UserError."""
     name = config.provider
-    form = form_of(name)
-    if form is not None:
-        return DeclaredProvider(form, config)
+    if name in PROVIDERS:
+        return PROVIDERS[name](config)
     if name.endswith(".py"):
         return provider_of_code(name)(config)
-    if name not in PROVIDERS:
+    form = form_of(name)
+    if form is None:
         raise UserError(
             "provider %r is unknown%s; `llmbench providers` lists them, and a path ending in .json or .py names a file"
             % (name, nearest(name, PROVIDERS))
         )
-    return PROVIDERS[name](config)
+    return DeclaredProvider(form, config)
 
 
 # ==================================================================================================
@@ -11895,6 +11899,12 @@ def reason_said(texts: Mapping[str, str], reason: Mapping[str, Any]) -> str:
     return texts["reason.stage"].format(streams=", ".join(map(str, streams)), text=text)
 
 
+def verdict_key(verdict: Mapping) -> str:
+    """The key of the sentence behind a verdict's word."""
+    nothing = any(isinstance(reason, dict) and reason.get("key") == "nothing" for reason in verdict.get("reasons", ()))
+    return "verdict.nothing.text" if nothing else "verdict.%s.text" % verdict["state"].lower()
+
+
 def verdict_band(page: Page, summary: Mapping) -> Markup:
     """Can the measurement be trusted: shape, word, sentence and every reason."""
     verdict = summary.get("verdict")
@@ -11903,7 +11913,8 @@ def verdict_band(page: Page, summary: Mapping) -> Markup:
     state = {"VALID": "valid", "INVALID": "invalid"}.get(verdict.get("state"), "caution")
     items = joined(page.fill("item", text=reason_text(page, reason)) for reason in verdict.get("reasons", ()))
     return page.fill("verdict", state=state, shape=page.fill("shape_" + state), word=page.said("verdict." + state),
-                     text=page.said("verdict.%s.text" % state), reasons=page.fill("list", items=items) if items else "")
+                     text=page.said(verdict_key({"state": state, **verdict})),
+                     reasons=page.fill("list", items=items) if items else "")
 
 
 def cut_off_line(page: Page, stages: Sequence[StageView], end: Optional[Mapping]) -> Markup:
@@ -14268,7 +14279,7 @@ class Ticket:
     def _verdict(self) -> List[str]:
         verdict = self.summary["verdict"]
         state = verdict["state"].lower()
-        made = ["**%s** %s" % (self._said("verdict." + state), self._said("verdict.%s.text" % state))]
+        made = ["**%s** %s" % (self._said("verdict." + state), self._said(verdict_key(verdict)))]
         reasons = ["- " + self._reason(reason) for reason in verdict["reasons"]]
         made += [""] + reasons if reasons else []
         early = self.end is not None and self.end.get("reason", "done") != "done"
@@ -14898,7 +14909,8 @@ class Redactor:
                 flag = name.lstrip("-").replace("-", "_") if re.match(r"^-{1,2}[a-z-]{1,30}$", name) else ""
                 shown.append((name if flag else MASKED) + (equals and "=" + self._flag_value(flag, value)))
             else:
-                shown.append(self._flag_value(flag, word) if len(shown) > 1 else word.rpartition("/")[2])
+                program = len(shown) < 3 and "run" not in shown  # python3 llmbench.pyz run
+                shown.append(word.rpartition("/")[2] if program else self._flag_value(flag, word))
         return " ".join(word if re.match(r"^[\w./:,=%\[\]-]+$", word) else shlex.quote(word) for word in shown)
 
     def _flag_value(self, flag: str, value: str) -> str:
@@ -15017,15 +15029,15 @@ def default_directory(model: str, now: float) -> str:
 def check_directory(path: str) -> None:
     """Refuses an output directory that holds results or is no directory; raises UserError, makes nothing."""
     if os.path.exists(path) and not os.path.isdir(path):
-        raise UserError("--out %s is not a directory; name another" % path)
+        raise UserError("%s is not a directory; name another with --out" % path)
     held = [name for name in RUN_FILES if os.path.exists(os.path.join(path, name))]
     if held:
-        raise UserError("--out %s already holds %s; name another directory" % (path, held[0]))
+        raise UserError("%s already holds %s; name another directory with --out" % (path, held[0]))
     place = path
     while not os.path.exists(place):
         place = os.path.dirname(os.path.abspath(place))
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError("--out %s cannot be written to; name another directory" % path)
+        raise UserError("%s cannot be written to; name another directory with --out" % path)
 
 
 def make_directory(path: str) -> None:
@@ -15422,7 +15434,7 @@ def check_comparison_file(path: str) -> None:
     """Refuses a place for compare.html that can't be written, or that holds anything but an older comparison."""
     place = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path) or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError("--out %s cannot be written to; name another file" % path)
+        raise UserError("%s cannot be written to; name another file with --out" % path)
     if not os.path.exists(path):
         return
     try:
@@ -16028,6 +16040,8 @@ def align(rows: Sequence[Sequence[str]]) -> List[str]:
     ]
 
 
+PROGRAM = "python3 llmbench.pyz"  # as it is started where it lies
+
 TABLED_METRICS = (
     "ttft_ms", "ttft_from_scheduled_ms", "ttfe_ms", "latency_ms", "latency_from_scheduled_ms", "tpot_ms", "itl_ms",
     "request_tps", "queue_ms", "connect_ms",
@@ -16133,7 +16147,7 @@ def verdict_lines(
 ) -> List[str]:
     """The verdict with its reasons, each on lines of its own."""
     state = verdict["state"]
-    word, sentence = texts["verdict." + state.lower()], texts["verdict.%s.text" % state.lower()]
+    word, sentence = texts["verdict." + state.lower()], texts[verdict_key(verdict)]
     lines = [paint(VERDICT_COLOURS[state], word) + "  " + sentence]
     for reason in verdict["reasons"]:
         lines += wrapped("- " + printable(reason_said(texts, reason)), 98, "  ")
@@ -16201,6 +16215,11 @@ def summary_lines(summary: Mapping[str, Any], texts: Mapping[str, str], paint: C
     return lines
 
 
+def cause_shown(error: Mapping[str, Any]) -> str:
+    """A cause of failures as one of them said it; by its key where the sample is all that the endpoint sent."""
+    return error["sample"] if error_key(error["sample"]) == error["key"] else error["key"]
+
+
 def summary_notes(summary: Mapping[str, Any], texts: Mapping[str, str], paint: Callable[[str, str], str]) -> List[str]:
     """What stands under the tables: the mark's meaning, missing usage, the commonest failures."""
     lines = []
@@ -16216,10 +16235,16 @@ def summary_notes(summary: Mapping[str, Any], texts: Mapping[str, str], paint: C
                 "  "
                 + paint("red", "%5d  %-13s" % (error["count"], error["status"]))
                 + "  "
-                + printable(error["key"])[:150]
+                + printable(cause_shown(error))[:150]
             )
         if len(summary["errors"]) > 5:
             lines.append("  " + texts["terminal.more_failures"].format(n=len(summary["errors"]) - 5))
+        if not summary["requests"]["success"]:
+            given = summary.get("config", {})
+            words = ["check", "--url", str(given.get("url") or summary.get("url", ""))]
+            words += ["--provider", str(given["provider"])] if given.get("provider", "openai") != "openai" else []
+            command = " ".join([PROGRAM, *map(shlex.quote, words)])
+            lines += ["", texts["terminal.check"].format(command=printable(command))]
     return lines
 
 
@@ -16539,7 +16564,8 @@ def mock_options(pairs: Iterable[Tuple[str, str]]) -> MockOptions:
         name = key.replace("-", "_")
         if name not in MOCK_FIELDS:
             known = nearest(name, MOCK_FIELDS)
-            raise UserError("a mock option is unknown%s; `llmbench mock --help` lists them" % known)
+            named = "the mock option %s" % name if re.match(r"^[a-z_]{1,20}$", name) else "a mock option"
+            raise UserError("%s is unknown%s; `llmbench mock --help` lists them" % (named, known))
         known = MOCK_FIELDS[name].metadata
         try:
             values[name] = known["read"](text)
@@ -16568,10 +16594,18 @@ def mock_flags(url: str) -> List[str]:
     return [f"--{key.replace('_', '-')}={text}" for key, text in mock_pairs(url)]
 
 
+def read_port(text: str) -> int:
+    """A port to listen on; raises ArgumentTypeError."""
+    if not re.match(r"^[0-9]{1,5}$", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError("needs a port from 0 to 65535")
+    return int(text)
+
+
 def add_mock_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the mock command: where to listen, and one flag for each option (`--role-delay`, `--role_delay`)."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0, the default, takes a free one")
+    parser.add_argument("--port", type=read_port, default=0, metavar="PORT",
+                        help="port to listen on; 0, the default, takes a free one")
     parser.add_argument("--stdin-guard", action="store_true", help="end when standard input does")
     for name, option in MOCK_FIELDS.items():
         spellings = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
@@ -17890,7 +17924,8 @@ def unreached(step: str, error: RequestError) -> Finding:
         "dns": (("", "dns"),),
         "tcp": (("refused", "refused"), ("time-out", "silent"), ("", "unreachable")),
         "proxy": (("HTTP 407", "proxy_password"), ("", "proxy")),
-        "tls": (("does not speak TLS", "plain_http"), ("client certificate", "client_cert"), ("", "")),
+        "tls": (("does not speak TLS", "plain_http"), ("client certificate", "client_cert"),
+                ("time-out", "plain_http"), ("", "")),
         "http": (("", "not_http"),),
     }
     return failing(step, "failed", next(remedy for part, remedy in known[step] if part in text), err=text)
@@ -18039,7 +18074,8 @@ def models_finding(reply: Reply, names: Sequence[str], wanted: str) -> Finding:
     values = {"code": reply.code, "err": reply.err, "model": wanted or "".join(names[:1]), "count": len(names),
               "models": few_of(names)}  # fmt: skip
     if not names:
-        state, remedy = (doubtful, "") if wanted else (failing, "model")
+        # A token that is refused is told where it is judged.
+        state, remedy = (doubtful, "") if wanted or reply.status == "auth_error" else (failing, "model")
         key = "none" if reply.status == "ok" else "silent" if reply.head is None else "refused"
         return state("models", key, remedy, **values)
     if not wanted:
@@ -19007,7 +19043,7 @@ RUN_FLAGS = (
     Flag("provider", str, "NAME", "openai",
          "the endpoint's dialect; `llmbench providers` lists them; a path ending in .json or .py is one of your own"),
     Flag("provider-file", str, "FILE", "", "the same as --provider FILE, beside --provider custom"),
-    Flag("model", str, "NAME", "the first listed", "model to ask for; by default the first id that GET …/models lists"),
+    Flag("model", str, "NAME", "the first id of GET …/models", "model to ask for"),
     Flag("token", str, "SECRET", "$LLMBENCH_TOKEN, then $OPENAI_API_KEY",
          "the secret itself, or env:NAME, file:PATH, cmd:COMMAND"),
     Flag("auth", str, "SCHEME", "the provider's",
@@ -19139,13 +19175,17 @@ class ArgumentParser(argparse.ArgumentParser):
             if name and not re.match(r"^--?[A-Za-z][A-Za-z_-]{,24}$", name):  # a value sticks to it
                 raise UserError("an argument begins with - but is no flag; `%s --help` lists them" % self.prog)
             if not name:
-                raise UserError("an argument is left over; `%s --help` lists the flags" % self.prog)
-            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            raise UserError(
-                "%s is not a flag%s; `%s --help` lists them"
-                % (name, nearest("--" + name.lstrip("-"), known), self.prog)
-            )
+                url = any(re.match(r"^(https?://|mock:)", word) for word in unknown) and "--url" in self.flags()
+                hint = " (a URL comes after --url)" if url else ""
+                raise UserError("an argument is left over%s; `%s --help` lists the flags" % (hint, self.prog))
+            bare = name.lstrip("-")
+            hint = " of %s but of run" % self.prog if bare in FLAGS else nearest("--" + bare, self.flags())
+            raise UserError("%s is not a flag%s; `%s --help` lists them" % (name, hint, self.prog))
         return parsed
+
+    def flags(self) -> List[str]:
+        """All flags that it takes."""
+        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
 
 
 def read_argument(flag: Flag) -> Callable[[str], Any]:
@@ -19364,7 +19404,7 @@ def shown_command(words: Sequence[str]) -> str:
             secret = bare if bare in SECRET_FLAGS else ""
             shown.append(word)
     # Redacted before quoting: a quoted quote would end the pattern of a password.
-    return " ".join(["llmbench.pyz", "run"] + [shlex.quote(redact(word)) for word in shown])
+    return " ".join([PROGRAM, "run"] + [shlex.quote(redact(word)) for word in shown])
 
 
 def masked_value(flag: str, value: str) -> str:
@@ -19505,7 +19545,8 @@ class Session:
         try:
             writer = ResultsWriter(directory)
         except OSError as error:
-            raise UserError("--out %s cannot be written to: %s" % (directory, error.strerror or error)) from None
+            what = "%s cannot be written to (%s)" % (directory, error.strerror or error)
+            raise UserError(what + "; name another directory with --out") from None
         failure = ""
         try:
             command = shown_command(self.words)
@@ -19945,7 +19986,7 @@ def command_pack(words: Sequence[str]) -> int:
     if os.path.exists(out):
         raise UserError("%s is there already; name another file with --out" % out)
     if not os.access(os.path.dirname(os.path.abspath(out)), os.W_OK | os.X_OK):
-        raise UserError("--out %s cannot be written to; name another file" % out)
+        raise UserError("%s cannot be written to; name another file with --out" % out)
     try:
         replaced = pack_run(given.place, out, given.redact, warn)
     except WriteError as error:
@@ -20094,7 +20135,9 @@ def provider_details(name: str) -> Iterator[str]:
         ("provider", provider.name), ("", provider.summary), ("path", provider.path),
         ("path without stream", provider.whole_path), ("models", provider.models or "no list: --model is needed"),
         ("auth", "%s: %s" % (scheme, auth.summary)),
-        ("options", ", ".join(sorted({*auth.options, *provider.auth_options, *provider.option_names}))),
+        ("options", ", ".join(option if option not in provider.auth_options else "%s=%s" % (
+            option, provider.auth_options[option]) for option in sorted(
+                {*auth.options, *provider.auth_options, *provider.option_names}))),
         ("end", " or ".join(filter(None, (provider.end, "a clean end of the body" * (not provider.end_required))))),
         ("given up if refused", ", ".join([*provider.optional, *provider.exact])),
         ("declared by", "a file: `llmbench providers %s --json`" % name if form is not None else "code"),
@@ -20128,7 +20171,7 @@ def command_selftest(words: Sequence[str]) -> int:
         raise UserError(trouble)
     place = os.path.dirname(os.path.abspath(given.out))
     if os.path.isdir(given.out) or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError("--out %s cannot be written to; name another file" % given.out)
+        raise UserError("%s cannot be written to; name another file with --out" % given.out)
     keeper = wake_kernel_stamps()
     try:
         result = selftest(parse_workload(assets["prompts/en.txt"], "built-in prompts").prompts, warn)
@@ -20163,10 +20206,8 @@ def general_help() -> str:
     """What `llmbench --help` prints."""
     lines = ["usage: llmbench [COMMAND] [flags]", "", "commands:"]
     lines += ["  %s  %s" % (padded(row, 10, False), meaning) for row, (_, meaning) in COMMANDS.items()]
-    return "\n".join(
-        lines
-        + ["", "`llmbench COMMAND --help` lists a command's flags.", "first try:  llmbench run --url mock: --out out"]
-    )
+    lines += ["", "`llmbench COMMAND --help` lists a command's flags."]
+    return "\n".join([*lines, "first try:  %s run --url mock: --out first" % PROGRAM])
 
 
 def dispatch(words: Sequence[str]) -> int:
@@ -20209,6 +20250,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except KeyboardInterrupt:
+        sys.stderr.write("llmbench: interrupted\n")
         return 128 + signal.SIGINT
 
 

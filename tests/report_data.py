@@ -9,12 +9,9 @@ from array import array
 from dataclasses import dataclass
 from typing import Dict, List
 
-COLUMNS = ("scheduled_ms", "start_ms", "end_ms", "queue_ms", "capped_ms", "connect_ms", "ttfb_ms", "ttfe_ms", "ttft_ms",
-           "ttft_slack_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms", "tpot_ms",
-           "in_tokens", "cached_tokens", "reasoning_tokens", "out_tokens", "out_chars", "reasoning_chars", "chunks",
-           "lag_ms", "rtt_ms", "retransmits", "out_of_order", "reused")
-TIMES = ("ttft_ms", "ttfe_ms", "latency_ms", "ttft_from_scheduled_ms", "latency_from_scheduled_ms", "decode_ms",
-         "tpot_ms", "queue_ms", "connect_ms", "ttfb_ms")
+import llmbench
+
+COLUMNS, TIMES = llmbench.COLUMNS, llmbench.DISTRIBUTIONS
 NEEDS = {"p50": 20, "p90": 100, "p95": 200, "p99": 1000}
 ERRORS = (("rate_limited", "429", '{"error":{"code":"1302","message":"您的账户已达到速率限制"}}'),
           ("timeout", "ttft-timeout", "first token not within 10 s (--ttft-timeout)"),

@@ -135,7 +135,7 @@ def test_a_chinese_check_is_chinese():
 def test_the_built_in_mock_is_checked_like_any_other():
     result = Checked("--url", "mock:?ttft=20&itl=5", "--json")
     assert result.status == 0 and result.at("proxy") == ("ok", "none_mock")
-    assert result.document["command"] == "llmbench.pyz run --url 'mock:?ttft=20&itl=5' --model mock"
+    assert result.document["command"] == "python3 llmbench.pyz run --url 'mock:?ttft=20&itl=5' --model mock"
 
 
 # The way.
@@ -308,6 +308,13 @@ def test_a_port_that_speaks_no_tls():
     assert "http://" in result.finding("tls")["remedy"]
 
 
+def test_a_port_that_waits_for_a_request_where_tls_is_spoken():
+    with Server(good) as server:
+        result = Checked("--url", server.url.replace("http:", "https:"), "--json", "--connect-timeout", "0.5")
+    assert result.status == 3 and result.at("tls") == ("failed", "failed")
+    assert "http://" in result.finding("tls")["remedy"]
+
+
 def handshake(subject="llm.example", issuer="Corp CA, Corp", days=100.0, refused="", verified=True, chain=()):
     leaf = llmbench.Certificate(subject, issuer, [subject], 0.0, 1000.0 + days * 86400)
     return llmbench.Handshake("TLSv1.3", "X", [leaf, *chain], verified, refused, 0.01)
@@ -441,6 +448,7 @@ def test_a_token_that_is_refused(token, key, remedy):
         result = check(server.url, *(["--token", token] if token else []))
     assert result.status == 3 and result.at("auth") == ("failed", key)
     assert remedy in result.finding("auth")["remedy"] and "invalid key" in result.finding("auth")["seen"]
+    assert result.document["states"]["failed"] == 1, "the list of models failed for the same reason"
     assert result.document["ended_at"] == "auth" and result.at("http") == ("ok", "answers_nameless")
     assert SECRET not in result.out and (token is None or token not in result.out)
 
@@ -785,13 +793,12 @@ def test_what_this_host_is_asked():
 # The command of the run, and secrets.
 
 
-def test_the_command_can_be_given_as_it_is(tmp_path):
+def test_the_command_can_be_given_as_it_is(tmp_path, pyz):
     with Server(good) as server:
         result = check(server.url, "--header", "X-Team: blue team", "--body", '{"temperature": 0}')
-        words = result.document["command"].split(" ", 1)[1]
         end = " --total-requests 2 --progress none --out %s" % (tmp_path / "out")
-        command = " ".join(CHECKOUT) + " " + words + end
-        done = subprocess.run(command, shell=True, capture_output=True, check=False)
+        command = result.document["command"] + end
+        done = subprocess.run(command, shell=True, capture_output=True, check=False, cwd=str(pyz.parent))
     assert done.returncode in (0, 4), done.stderr
     assert server.requests[-1].headers["x-team"] == "blue team" and server.requests[-1].fields["temperature"] == 0
     assert server.requests[-1].fields["model"] == "tiny"
@@ -807,7 +814,7 @@ def test_the_command_can_be_given_as_it_is(tmp_path):
 def test_secrets_in_the_command(words, command):
     with Server(good) as server:
         result = Checked("--url", server.url, *words, "--json")
-    assert result.document["command"] == "llmbench.pyz run --url %s %s" % (server.url, command)
+    assert result.document["command"] == "python3 llmbench.pyz run --url %s %s" % (server.url, command)
     assert SECRET not in result.out + result.err
     named = "LLMBENCH_TOKEN" in result.document["command"]
     assert any("$LLMBENCH_TOKEN" in note for note in result.document["notes"]) == named

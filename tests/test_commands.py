@@ -525,7 +525,7 @@ def test_the_environments_token_is_stripped(monkeypatch, end):
      "'--auth-opt=exchange-url=http://h/t?client_secret=***'"),
 ])  # fmt: skip
 def test_the_command_can_be_given_again_and_shows_no_secret(words, shown):
-    assert llmbench.shown_command(words) == f"llmbench.pyz run {shown}"
+    assert llmbench.shown_command(words) == f"python3 llmbench.pyz run {shown}"
 
 
 # --- mistakes, each one line ------------------------------------------------------------------------------------------
@@ -545,7 +545,10 @@ MISTAKES = {
     "mock value": (["--url", "mock:?ttft=fast"], "ttft"),
     "unknown provider": (["--url", "mock:", "--provider", "openia"], "did you mean openai?"),
     "unknown flag": (["--url", "mock:", "--modle", "m"], "did you mean --model?"),
-    "left over": (["--url", "mock:", "word"], "left over"),
+    "left over": (["--url", "mock:", "word"], "left over; `"),
+    "a URL without its flag": (["http://h:8000", "--model", "m"], "left over (a URL comes after --url)"),
+    "unknown mock option": (["--url", "mock:?tftt=3"], "the mock option tftt is unknown (did you mean ttft?)"),
+    "unknown mock option of any form": (["--url", "mock:?sk-4f9aQz71=3"], "error: a mock option is unknown"),
     "bad number": (["--url", "mock:", "--concurrency", "0"], "--concurrency"),
     "bad duration": (["--url", "mock:", "--duration", "5 minutes"], "--duration"),
     "bad body": (["--url", "mock:", "--body", "[1]"], "--body"),
@@ -772,6 +775,7 @@ REPORTLESS = {
     "a bad line": (["broken"], "line 2"),
     "two directories": (["old", "old"], "left over"),
     "an unknown flag": (["old", "--lnag", "zh"], "did you mean --lang?"),
+    "a flag of run": (["old", "--concurrency", "4"], "is not a flag of llmbench report but of run"),
 }
 
 

@@ -347,6 +347,7 @@ def test_a_request(name: str, whole: bool) -> None:
     assert target == (asked.whole_target if whole else asked.target)
     assert body == (asked.whole if whole else asked.body)
     wanted = asked.whole_headers if whole else asked.headers
+    assert all(key == key.lower() for key in wanted), "headers are asked for in lower case"
     assert {key: headers.get(key) for key in wanted} == wanted
     assert {key for key in asked.headers if key in headers} == set(wanted)
     assert headers["accept"] == (
@@ -503,7 +504,8 @@ def runs(request: Any, tmp_path_factory: Any) -> Any:
             started = {}
             for name in names[begin : begin + 4]:
                 kind = "whole" if request.param else "normal"
-                case = next(case for case in DIALECTS[name].cases if case.name == kind)
+                case = next((case for case in DIALECTS[name].cases if case.name == kind), None)
+                assert case is not None, "%s.txt has no case %s" % (name, kind)
                 server = stack.enter_context(Server(behave(case)))
                 flags = flags_of(name, server.url) + ["--no-stream"] * request.param
                 started[name] = (Run(out / name, *flags), server, case)

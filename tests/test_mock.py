@@ -615,6 +615,12 @@ def test_a_mock_that_cant_start_says_so(capfd: pytest.CaptureFixture[str]) -> No
     assert mock.process.returncode not in (None, 0) and "already in use" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("port", ["99999", "-1", "s3cret"])
+def test_a_port_that_is_none_is_one_line_without_it(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llmbench.main(["mock", "--port", port]) == 2
+    assert capsys.readouterr().err == "llmbench: error: --port needs a port from 0 to 65535\n"
+
+
 @pytest.mark.parametrize("host", ["a..b", "x" * 70])
 def test_a_mock_on_a_host_that_is_none_says_so(host: str) -> None:
     with pytest.raises(llmbench.UserError, match="can't listen on"):

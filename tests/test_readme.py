@@ -200,7 +200,8 @@ def test_every_fault_of_the_mock_is_explained() -> None:
 def test_every_command_and_provider_is_named() -> None:
     text = section("Other commands")
     missing = [name for name in llmbench.COMMANDS if name != "run" and "`llmbench.pyz %s" % name not in text]
-    assert missing + [name for name in llmbench.PROVIDERS if "`%s`" % name not in text] == []
+    missing += [name for name in llmbench.PROVIDERS if "`%s`" % name not in text]
+    assert missing == [], "not named in the README's section Other commands"
 
 
 def test_the_exit_statuses_are_those_of_help() -> None:

@@ -495,7 +495,7 @@ class TestOpenLoop:
     def test_the_rates_stand_in_the_audit(self):
         summary, page = loaded(self.CAPPED, n=300)
         text = Page(page).text
-        assert says(number_after("requested rate", text), summary["client"]["requested_rps"])
+        assert says(number_after("schedule's rate", text), summary["client"]["requested_rps"])
         assert says(number_after("achieved rate", text), summary["client"]["achieved_rps"])
         summary, page = loaded((("rps", 2.0),), (("rps", 4.0),))
         achieved = summary["stages"][1]["client"]["achieved_rps"]

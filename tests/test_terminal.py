@@ -283,6 +283,17 @@ def test_lengths_stand_beside_what_was_asked_for():
     assert re.search(r"Answer length +150  tok  asked for 150 \(-0\.0 %\)  3 came shorter\n", text)
 
 
+def test_where_nothing_succeeded_it_says_what_to_do():
+    lines = made_run(n=3, failing=1.0)
+    err = "connect time-out (10s) while waiting for TLS"
+    lines = [{**line, "err": err} if "err" in line else line for line in lines]
+    told = shown(lines)
+    assert "There are no figures:" in told and "reservations" not in told
+    assert "(10s)" in told and "#" not in told
+    assert "What is wrong:  python3 llmbench.pyz check --url http" in told
+    assert "llmbench.pyz check" not in shown(made_run(n=3))
+
+
 def test_what_a_file_says_of_its_end_moves_no_cursor(capsys, tmp_path):
     odd = "\x1b]0;P\x07\x9b31m\u202e\nx"
     lines = loaded_run(loaded_stage(n=20), reason=odd)

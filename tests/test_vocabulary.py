@@ -147,6 +147,16 @@ def test_names_of_secrets(names, secret):
 # --- records, configuration, definitions ------------------------------------------------------------------------------
 
 
+def test_a_figure_of_requests_is_collected_and_shown_and_can_be_a_gate():
+    """What the way of a new figure would otherwise forget, see the section's essay."""
+    figures, elsewhere = set(llmbench.DISTRIBUTIONS), {"itl_ms"}
+    assert figures <= set(llmbench.COLUMNS) and figures <= set(llmbench.METRICS)
+    assert set(llmbench.TABLED) == figures | elsewhere
+    in_report_alone = {"ttfb_ms", "decode_ms"}
+    assert set(llmbench.TABLED_METRICS) == (figures | elsewhere | {"request_tps"}) - in_report_alone
+    assert {name + "_ms" for name in llmbench.GATE_TIMES} == figures | elsewhere
+
+
 def test_a_record_has_every_key_that_files_promise():
     assert [key for key in RECORD_KEYS.split() if key not in llmbench.Record.__dataclass_fields__] == []
 
