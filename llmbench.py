@@ -13427,9 +13427,9 @@ def network_table(page: Page, stages: Sequence[StageView]) -> Markup:
 
 def trust_section(page: Page, summary: Mapping, stages: Sequence[StageView], end: Optional[Mapping]) -> Markup:
     """The client's audit beside the network's figures."""
-    left, right = (page.fill("plain_panel", kind="", title=page.said(title), sub="", tools="", content=content)
-                   for title, content in (("client", client_table(page, summary, stages, end)),
-                                          ("network", network_table(page, stages))))
+    left, right = (page.fill("plain_panel", kind="", title=page.said(title), sub=sub, tools="", content=content)
+                   for title, sub, content in (("client", "", client_table(page, summary, stages, end)),
+                                               ("network", page.said("network.sub"), network_table(page, stages))))
     content = page.fill("grid", panels=joined((left, right)))
     return section(page, "trust", content, page.said("section.trust.search" if "find_max" in summary else
                                                      "section.trust.sub"))
