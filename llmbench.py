@@ -807,9 +807,17 @@ INVISIBLE = re.compile(
 )
 
 
+NO_WIDTH = dict.fromkeys((0x061C, 0x200B, 0x200E, 0x200F, 0xFEFF))  # of those what is nothing but left out
+
+
+def visible(text: str) -> str:
+    """A text from elsewhere without what is not to be seen: marks without a width are left out, others replaced."""
+    return INVISIBLE.sub("\ufffd", text if text.isascii() else text.translate(NO_WIDTH))
+
+
 def printable(text: str) -> str:
     """A text from elsewhere on one line of a terminal, without what is not to be seen."""
-    return INVISIBLE.sub("\ufffd", text).translate({9: " ", 10: " ", 13: " "})
+    return visible(text).translate({9: " ", 10: " ", 13: " "})
 
 
 def read_no_constant(name: str) -> NoReturn:
@@ -2751,11 +2759,12 @@ def read_iso(text: str) -> float:
     >>> read_iso("2026-11-24T08:05:24.5+08:00") == read_iso("2026-11-24T00:05:24Z")
     True
     """
-    match = re.match(r"^(.{19})(?:[.,][0-9]+)?(?:Z|([+-])([0-9]{2}):?([0-9]{2}))?\Z", text.strip())
+    zone = r"(?:[Zz]|([+-])([0-9]{2})(?::?([0-9]{2}))?)?(?:\[.*\])?"
+    match = re.match(r"^([0-9T:-]+?)(?:[.,][0-9]+)?%s\Z" % zone, text.strip())
     if match is None:
         raise ValueError("not an ISO 8601 time")
     when = datetime.datetime.strptime(match[1], "%Y-%m-%dT%H:%M:%S").replace(tzinfo=datetime.timezone.utc)
-    ahead = int(match[2] + "1") * (3600 * int(match[3]) + 60 * int(match[4])) if match[2] else 0
+    ahead = int(match[2] + "1") * (3600 * int(match[3]) + 60 * int(match[4] or 0)) if match[2] else 0
     return when.timestamp() - ahead
 
 
@@ -3628,6 +3637,8 @@ class ThinkTags:
 
     def feed(self, text: str, arrived: float) -> List[Tuple[Frame, float]]:
         """Frames of one content text, each with the time at which its text arrived."""
+        if not text:
+            return []
         pieces = [*self._held, (text, arrived)]
         self._held = []
         if not self._inside:
@@ -5051,7 +5062,7 @@ def user_message(text: str) -> Dict[str, Any]:
 def read_json(line: str, name: str, label: str) -> Any:
     """One line of JSONL; raises UserError when it is not JSON."""
     try:
-        return json.loads(line, parse_constant=read_no_constant)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError("%s %s is not JSON (%s); mend or remove it" % (name, label, error)) from None
 
@@ -5121,6 +5132,10 @@ def prompt_messages(item: Dict[str, Any], where: str) -> List[Dict[str, Any]]:
             raise UserError('%s: each message must be an object with a "role"' % where)
         if not isinstance(message.get("content"), (str, list, type(None))):
             raise UserError('%s: a message\'s "content" must be a text or a list of parts' % where)
+    try:
+        json.dumps(messages, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise UserError("%s: its messages hold NaN or Infinity, which JSON does not have" % where) from None
     return messages
 
 
@@ -8192,6 +8207,7 @@ STAMP_SPACE = socket.CMSG_SPACE(STAMP.size) if hasattr(socket, "CMSG_SPACE") els
 READ_SIZE = 65536  # asyncio asks for 256 KiB, whose allocation costs more than a second read would
 CLOCK_JITTER = 5e-6  # two clocks can't be read at the very same moment
 LONGEST_GIVEN = 1e-3  # s that the CPU may be given to others before a request: a server takes a tenth of it
+MOST_GIVEN = 4e-3  # s in one turn of the loop: what a slice would cost without
 LATE_WAKE = 1e-3  # s from an arrival to the return of the poll that waited for it: this process could not run
 thread_time = getattr(time, "thread_time", time.process_time)  # not every Unix has it
 
@@ -8278,6 +8294,7 @@ class Poll(ExactSelector):
         self.polls = 0
         self.longest = 0.0
         self._sent_at = -1  # the poll after which a request was sent
+        self._given = 0.0  # how long others had the CPU since that
         self._keep_until = 0.0  # until when nobody is given way to
         for _ in range(10):
             self._measure_offset(1.0)
@@ -8323,17 +8340,18 @@ class Poll(ExactSelector):
 
         An endpoint, or a proxy, on this host may have been woken here by the request before: until it runs, its
         answer is late by what we do, which may be all of a slice (3 to 4 ms). Who takes the CPU for longer than an
-        answer's beginning takes is somebody else, and is not given it again for a while.
+        answer's beginning takes, at once or in small pieces, is somebody else, and is not given it again for a while.
         """
         if self._sent_at != self.polls:
-            self._sent_at = self.polls
+            self._sent_at, self._given = self.polls, 0.0
             return
         before = clock()
         if before >= self._keep_until:
             sched_yield()
             given = clock() - before
-            if given > LONGEST_GIVEN:
-                self._keep_until = before + 50 * given
+            self._given += given
+            if given > LONGEST_GIVEN or self._given > MOST_GIVEN:
+                self._keep_until = before + 50 * self._given
 
     def _measure_offset(self, tolerance: float) -> None:
         """Notes the moment as that of the return, and reads both clocks; a reading that was interrupted is not used."""
@@ -11263,7 +11281,7 @@ Text = Union[str, Both]
 
 def plain(value: object) -> str:
     """The value as text that HTML and UTF-8 can hold, without what is not to be seen."""
-    return INVISIBLE.sub("\ufffd", str(value))
+    return visible(str(value))
 
 
 def escape_html(text: str) -> str:
@@ -11913,7 +11931,7 @@ def verdict_band(page: Page, summary: Mapping) -> Markup:
     state = {"VALID": "valid", "INVALID": "invalid"}.get(verdict.get("state"), "caution")
     items = joined(page.fill("item", text=reason_text(page, reason)) for reason in verdict.get("reasons", ()))
     return page.fill("verdict", state=state, shape=page.fill("shape_" + state), word=page.said("verdict." + state),
-                     text=page.said(verdict_key({"state": state, **verdict})),
+                     text=page.said(verdict_key({**verdict, "state": state})),
                      reasons=page.fill("list", items=items) if items else "")
 
 
@@ -14209,7 +14227,7 @@ def code(text: object, most: int = 160) -> str:
     >>> code("a|b `c`"), code("")
     ('``a\\\\|b `c` ``', '–')
     """
-    shown = re.sub(r"\s+", " ", INVISIBLE.sub("\ufffd", plain(text))).strip()
+    shown = re.sub(r"\s+", " ", plain(text)).strip()
     if not shown:
         return DASH
     shown = shown if len(shown) <= most else shown[:most].rstrip() + "…"
@@ -14221,7 +14239,7 @@ def code(text: object, most: int = 160) -> str:
 
 def prose(text: str) -> str:
     """A text of ours with its marks as Markdown's, everything else in it as it reads."""
-    text = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", INVISIBLE.sub("\ufffd", text.replace("\x01", "\ue001").replace(
+    text = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", visible(text.replace("\x01", "\ue001").replace(
         "\x02", "\ue002"))).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     lines = text.replace("\ue001", "**").replace("\ue002", "`").split("\n")
     return " ".join(line.strip() for line in lines) if len(lines) > 1 else lines[0]
@@ -14909,8 +14927,9 @@ class Redactor:
                 flag = name.lstrip("-").replace("-", "_") if re.match(r"^-{1,2}[a-z-]{1,30}$", name) else ""
                 shown.append((name if flag else MASKED) + (equals and "=" + self._flag_value(flag, value)))
             else:
-                program = len(shown) < 3 and "run" not in shown  # python3 llmbench.pyz run
-                shown.append(word.rpartition("/")[2] if program else self._flag_value(flag, word))
+                name = word.rpartition("/")[2]
+                program = "run" not in shown and re.match(r"^(python[0-9.]*|llmbench(\.pyz?)?|run)$", name)
+                shown.append(name if program else self._flag_value(flag, word))
         return " ".join(word if re.match(r"^[\w./:,=%\[\]-]+$", word) else shlex.quote(word) for word in shown)
 
     def _flag_value(self, flag: str, value: str) -> str:
@@ -15045,7 +15064,8 @@ def make_directory(path: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise UserError("--out %s cannot be made: %s" % (path, error.strerror or error)) from None
+        what = "%s cannot be made (%s)" % (path, error.strerror or error)
+        raise UserError(what + "; name another directory with --out") from None
 
 
 def is_archive(path: str) -> bool:
@@ -15441,9 +15461,10 @@ def check_comparison_file(path: str) -> None:
         with open(path, "rb") as file:
             known = b'<body class="%s">' % COMPARISON_PAGE.encode("ascii") in file.read(1 << 18)
     except OSError as error:
-        raise UserError("--out %s cannot be read: %s" % (path, error.strerror or error)) from None
+        what = "%s cannot be read (%s)" % (path, error.strerror or error)
+        raise UserError(what + "; name another file with --out") from None
     if not known:
-        raise UserError("--out %s is there and is no comparison; name another file" % path)
+        raise UserError("%s is there and is no comparison; name another file with --out" % path)
 
 
 def read_runs(
@@ -17925,7 +17946,7 @@ def unreached(step: str, error: RequestError) -> Finding:
         "tcp": (("refused", "refused"), ("time-out", "silent"), ("", "unreachable")),
         "proxy": (("HTTP 407", "proxy_password"), ("", "proxy")),
         "tls": (("does not speak TLS", "plain_http"), ("client certificate", "client_cert"),
-                ("time-out", "plain_http"), ("", "")),
+                ("time-out", "tls_silent"), ("", "")),
         "http": (("", "not_http"),),
     }
     return failing(step, "failed", next(remedy for part, remedy in known[step] if part in text), err=text)
@@ -19688,8 +19709,12 @@ def status_of(summary: Mapping[str, Any]) -> int:
 
 def say(text: str) -> None:
     """A text on stdout; a reader that has gone, as of `llmbench … | head`, changes neither work nor exit status."""
-    with contextlib.suppress(BrokenPipeError):
+    try:
         print(text, flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise WriteError("standard output could not be written: %s" % (error.strerror or error)) from None
 
 
 def print_summary(summary: Mapping[str, Any], texts: Mapping[str, str], directory: str) -> None:
@@ -20246,6 +20271,9 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         line = CONTROL.sub(" ", str(error))  # a file's name or a mistyped value may have any length and form
         sys.stderr.write("llmbench: error: %s\n" % (line if len(line) <= 2000 else line[:1500] + " … " + line[-200:]))
         return EXIT_USAGE
+    except WriteError as error:
+        sys.stderr.write("llmbench: error: %s\n" % error)
+        return EXIT_WRITE
     except BrokenPipeError:  # `llmbench … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK

@@ -341,7 +341,7 @@ def test_an_empty_a_new_and_a_deep_directory_are_fine_and_nothing_is_made(tmp_pa
 @pytest.mark.parametrize("path", ["file", "file/below"])
 def test_a_file_is_no_directory(tmp_path, path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(llmbench.UserError, match=r"^--out "):
+    with pytest.raises(llmbench.UserError, match=r"another .*with --out$"):
         llmbench.check_directory(str(tmp_path / path))
         llmbench.make_directory(str(tmp_path / path))
 

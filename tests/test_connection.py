@@ -363,16 +363,14 @@ def test_the_cpu_is_given_away_between_the_requests_of_a_turn(monkeypatch):
         given.append(moment[0])
         moment[0] += seconds
 
-    for turn, (took, gives) in enumerate([(0.0001, 3), (0.004, 1), (0.0001, 0), (0.0001, 0)]):
+    for turn, (took, gives) in enumerate([(0.0001, 3), (0.004, 1), (0.0001, 0), (0.0001, 0), (0.9, 0), (0.0009, 5)]):
         monkeypatch.setattr(llmbench, "sched_yield", lambda took=took: take(took))
         poll.polls = turn
-        for _ in range(4):
+        moment[0] += 1.0 if took == 0.9 else 0.0
+        for _ in range(1 if took == 0.9 else 10 if gives == 5 else 4):
             poll.give_way()
         assert len(given) == gives, turn
         given.clear()
-    moment[0] += 0.2
-    poll.give_way()
-    assert given == [moment[0] - 0.0001]
 
 
 def test_the_time_of_others_is_that_of_other_threads():

@@ -705,7 +705,7 @@ BAD = {
     "a bomb of a long name": (claiming(1 << 33, tarfile.GNUTYPE_LONGNAME), "far more than a run can hold"),
     "a bomb of a header": (claiming(1 << 33, tarfile.XHDTYPE), "far more than a run can hold"),
     "a sparse file": (claiming(512, tarfile.GNUTYPE_SPARSE), "a link or a device"),
-    "a file without a name": (tarred((".", b"x"), *GOOD[:0]), "holds no|no results|is no"),
+    "a file without a name": (tarred((".", b"x")), "holds no results.jsonl"),
     "less than nothing": (claiming(-512), "leads out of it|is no tar"),
     "very many files": (tarred(*GOOD, *(("x/%d" % n, b"") for n in range(1100))), "more than 1000 files"),
 }

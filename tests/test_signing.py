@@ -689,6 +689,8 @@ def test_an_answer_without_a_token(status, body, said):
     ("expires_in", "2025-01-02T11:04:05.25+08:00", 1735787045.0),
     ("expires_in", "2025-01-01T22:04:05-0500", 1735787045.0),
     ("expires_in", "2025-01-02T03:04:05", 1735787045.0), ("expires_in", "2025-01-02T03:04:05+8", None),
+    ("expires_in", "2025-01-02T11:04:05+08", 1735787045.0), ("expires_in", "2025-1-2T3:4:5z", 1735787045.0),
+    ("expires_in", "2025-01-02T11:04:05+08:00[Asia/Shanghai]", 1735787045.0),
 ])  # fmt: skip
 def test_when_a_token_ends(wanted, given, expires):
     body = json.dumps({"access": {"token": "t"}, "expires_in": given}).encode()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
 import string
+import subprocess
+import sys
 import threading
 import time
 
@@ -281,6 +284,15 @@ def test_lengths_stand_beside_what_was_asked_for():
     text = shown(loaded_run(stage))
     assert re.search(r"Prompt length +2,089  tok  asked for 2,048 \(\+2\.0 %\)\n", text)
     assert re.search(r"Answer length +150  tok  asked for 150 \(-0\.0 %\)  3 came shorter\n", text)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_an_output_that_takes_nothing_is_one_line(tmp_path):
+    write_lines(tmp_path, loaded_run(loaded_stage(n=20)))
+    command = [sys.executable, llmbench.__file__, "report", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (5, 1) and "standard output" in done.stderr
 
 
 def test_where_nothing_succeeded_it_says_what_to_do():

@@ -405,8 +405,11 @@ def test_a_bad_csv_row_is_named_by_its_number(row):
 
 
 def test_what_json_does_not_have_is_refused():
+    """In what is sent; elsewhere in a line nobody looks at it."""
     odd = '{"messages": [{"role": "user", "content": "a", "n": NaN}]}'
     assert "p.jsonl line 2" in refusal('{"prompt": "hi"}\n%s\n' % odd, "p.jsonl")
+    assert "p.json item 1" in refusal("[%s]" % odd, "p.json")
+    assert len(load('{"prompt": "hi", "score": NaN}\n', "p.jsonl").prompts) == 1
 
 
 def test_a_csv_without_the_columns_is_no_list_of_prompts():
