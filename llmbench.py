@@ -805,9 +805,7 @@ def spellings(secret: str) -> List[str]:
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
-
-
-NO_WIDTH = dict.fromkeys((0x061C, 0x200B, 0x200E, 0x200F, 0xFEFF))  # of those what is nothing but left out
+NO_WIDTH = dict.fromkeys((0x061C, 0x200B, 0x200E, 0x200F, 0xFEFF))  # those of them that nobody misses
 
 
 def visible(text: str) -> str:
@@ -7954,9 +7952,6 @@ def talks_from(first: int, last: Optional[int], turns: Callable[[int], int]) -> 
         number, index = number + 1, index + count
 
 
-SHORTEST_GAP = 1e-6  # s between a trace's requests in the mean: less is no rate
-
-
 def due_times(arrival: str, rate: float, seed: str) -> Iterator[float]:
     """The moments at which an open loop's conversations are due, in s from the phase's beginning, without end.
 
@@ -7977,6 +7972,9 @@ def due_times(arrival: str, rate: float, seed: str) -> Iterator[float]:
         gap = -math.log(1.0 - chance.random()) if shape == 1.0 else chance.gammavariate(shape, 1.0 / shape)
         moment += gap / rate
         yield moment
+
+
+SHORTEST_GAP = 1e-6  # s between a trace's requests in the mean: less is no rate
 
 
 def trace_gap(times: Sequence[float]) -> float:
@@ -20278,7 +20276,6 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except KeyboardInterrupt:
-        sys.stderr.write("llmbench: interrupted\n")
         return 128 + signal.SIGINT
 
 
