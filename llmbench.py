@@ -8204,7 +8204,7 @@ STAMP_SIZE, read_stamp = STAMP.size, STAMP.unpack
 STAMP_SPACE = socket.CMSG_SPACE(STAMP.size) if hasattr(socket, "CMSG_SPACE") else 0
 READ_SIZE = 65536  # asyncio asks for 256 KiB, whose allocation costs more than a second read would
 CLOCK_JITTER = 5e-6  # two clocks can't be read at the very same moment
-LONGEST_GIVEN = 1e-3  # s that the CPU may be given to others before a request: a server takes a tenth of it
+LONGEST_GIVEN = 1e-3  # s that the CPU may be given to others before a request: no server takes longer to read one
 MOST_GIVEN = 4e-3  # s in one turn of the loop: what a slice would cost without
 LATE_WAKE = 1e-3  # s from an arrival to the return of the poll that waited for it: this process could not run
 thread_time = getattr(time, "thread_time", time.process_time)  # not every Unix has it
@@ -16059,8 +16059,6 @@ def align(rows: Sequence[Sequence[str]]) -> List[str]:
     ]
 
 
-PROGRAM = "python3 llmbench.pyz"  # as it is started where it lies
-
 TABLED_METRICS = (
     "ttft_ms", "ttft_from_scheduled_ms", "ttfe_ms", "latency_ms", "latency_from_scheduled_ms", "tpot_ms", "itl_ms",
     "request_tps", "queue_ms", "connect_ms",
@@ -16234,6 +16232,9 @@ def summary_lines(summary: Mapping[str, Any], texts: Mapping[str, str], paint: C
     return lines
 
 
+PROGRAM = "python3 llmbench.pyz"  # as it is started where it lies
+
+
 def cause_shown(error: Mapping[str, Any]) -> str:
     """A cause of failures as one of them said it; by its key where the sample is all that the endpoint sent."""
     return error["sample"] if error_key(error["sample"]) == error["key"] else error["key"]
@@ -16263,7 +16264,7 @@ def summary_notes(summary: Mapping[str, Any], texts: Mapping[str, str], paint: C
             words = ["check", "--url", str(given.get("url") or summary.get("url", ""))]
             words += ["--provider", str(given["provider"])] if given.get("provider", "openai") != "openai" else []
             command = " ".join([PROGRAM, *map(shlex.quote, words)])
-            lines += ["", texts["terminal.check"].format(command=printable(command))]
+            lines += ["", texts["terminal.check"], "  " + printable(command)]
     return lines
 
 

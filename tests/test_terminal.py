@@ -302,7 +302,7 @@ def test_where_nothing_succeeded_it_says_what_to_do():
     told = shown(lines)
     assert "There are no figures:" in told and "reservations" not in told
     assert "(10s)" in told and "#" not in told
-    assert "What is wrong:  python3 llmbench.pyz check --url http" in told
+    assert re.search(r"What is wrong, .*:\n  python3 llmbench\.pyz check --url http\S+\n", told + "\n")
     assert "llmbench.pyz check" not in shown(made_run(n=3))
 
 
